@@ -10,8 +10,8 @@ from pathlib import Path
 from deploykit.demo import SENTENCES
 
 
-def test_the_demo_ends_with_predictions_a_table_and_a_report(tmp_path: Path, whole_minilm: Path, tweets: Path) -> None:
-    for folder, cached in (("minilm", whole_minilm), ("tweets", tweets.parent)):
+def test_the_demo_ends_with_predictions_a_table_and_a_report(tmp_path: Path, minilm: Path, tweets: Path) -> None:
+    for folder, cached in (("minilm", minilm), ("tweets", tweets.parent)):
         shutil.copytree(cached, tmp_path / folder)
     words = ("-m", "deploykit", "demo", "--output-dir", str(tmp_path), "--max-train-samples", "300", "--seconds", "0.2")
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=600)
