@@ -72,6 +72,16 @@ class Terminal:
         assert shown.startswith(f"{line}\n")
         return PROMPT.sub("", shown.removeprefix(f"{line}\n"))
 
+    def interrupt_until(self, text: str) -> None:
+        """Type Ctrl-C until ``text`` is shown, and then a prompt. One that comes after the prompt is written, but before the
+        line is read, is only noticed with the next."""
+        begin = len(self.shown)
+        while text not in self.shown[begin:]:
+            self.type(CTRL_C)
+            while self.read(5.0) and text not in self.shown[begin:]:
+                pass
+        self.read_until(PROMPT, begin)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -110,9 +120,7 @@ def test_a_dialog_is_remembered_until_reset_and_ctrl_d_ends_it(terminal: Termina
     assert [terminal.ask(LINE), terminal.ask(LINE)] == [shown(answer) for answer in answers]
     assert terminal.ask("/reset") == "a new dialog"
     assert terminal.ask(LINE) == shown(answers[0])
-    begin = len(terminal.shown)
-    terminal.type(CTRL_C)
-    assert "Ctrl-D ends" in terminal.read_until(PROMPT, begin)
+    terminal.interrupt_until("Ctrl-D ends")
     assert terminal.ask(LINE) == shown(answers[1]), "the dialog goes on"
     terminal.type(CTRL_D)
     assert terminal.process.wait(30) == 0
