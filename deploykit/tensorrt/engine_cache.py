@@ -35,7 +35,7 @@ def take(key: str, engine: Path) -> EngineRecord | None:
 
 def keep(key: str, engine: Path) -> None:
     """Store an engine, its record and its log. Raises ArtifactError if the cache cannot be written."""
-    with new_directory(folder() / key) as directory:
+    with new_directory(folder() / key, shared=True) as directory:
         for source, target in zip(_files(engine), _files(directory / "engine")):
             shutil.copyfile(source, target)
 

