@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import http.client
 import json
@@ -11,7 +12,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -233,26 +234,15 @@ class ServedModel:
         deadline = time.monotonic() + self._patience
         lost, begun = 0, False
         while True:
-            connection, fault = None, None
             try:
-                connection = _Connection(self._address, self._ssl, self._timeout)
-                response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
-                if response.status != 200:
-                    fault = response.status, error_text(response.read())
-                for line in response:
-                    if line.startswith(b"data: "):
-                        event = json.loads(line[6:])
-                        if "error" in event:
-                            fault = 400, str(event["error"])
-                            break
+                with contextlib.closing(self._stream(what, body)) as events:
+                    for event in events:
                         begun = True
                         yield event
-                if fault is None and begun:
-                    return
-                if fault is None:
-                    raise http.client.IncompleteRead(b"")
-                if begun or not _busy(*fault) or time.monotonic() >= deadline:
-                    raise self._refusal(*fault)
+                return
+            except _RefusedError as refused:
+                if begun or not _busy(*refused.args) or time.monotonic() >= deadline:
+                    raise self._refusal(*refused.args) from None
             except (OSError, http.client.HTTPException) as error:
                 lost += not isinstance(error, ConnectionRefusedError)
                 if begun or lost >= _MOST_LOST or time.monotonic() >= deadline:
@@ -260,10 +250,25 @@ class ServedModel:
                         f"the server at {self._url} ended the stream ({_reason(error)})",
                         "see the server's log, or try again",
                     ) from None
-            finally:
-                if connection is not None:
-                    connection.close()
             time.sleep(_PAUSE_S)
+
+    def _stream(self, what: str, body: bytes) -> Generator[Any, None, None]:
+        """Request a stream once, and yield its events. Raises _RefusedError, or what a lost connection raises, also where no event
+        came."""
+        with contextlib.closing(_Connection(self._address, self._ssl, self._timeout)) as connection:
+            response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
+            if response.status != 200:
+                raise _RefusedError(response.status, error_text(response.read()))
+            empty = True
+            for line in response:
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise _RefusedError(400, str(event["error"]))
+                    empty = False
+                    yield event
+            if empty:
+                raise http.client.IncompleteRead(b"")
 
     def _send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
         """Send one request. Returns the status, the size of the JSON part if a binary part follows, and the body."""
@@ -359,6 +364,10 @@ def require_all(errors: Sequence[str]) -> None:
     for number, error in enumerate(errors):
         if error:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
+
+
+class _RefusedError(Exception):
+    """An answer's status and message in place of events."""
 
 
 def _busy(status: int, message: str) -> bool:
