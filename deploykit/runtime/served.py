@@ -241,8 +241,8 @@ class ServedModel:
                         yield event
                 return
             except _RefusedError as refused:
-                if begun or not _busy(*refused.args) or time.monotonic() >= deadline:
-                    raise self._refusal(*refused.args) from None
+                if begun or not _busy(refused.status, refused.message) or time.monotonic() >= deadline:
+                    raise self._refusal(refused.status, refused.message) from None
             except (OSError, http.client.HTTPException) as error:
                 lost += not isinstance(error, ConnectionRefusedError)
                 if begun or lost >= _MOST_LOST or time.monotonic() >= deadline:
@@ -366,8 +366,12 @@ def require_all(errors: Sequence[str]) -> None:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
 
 
-class _RefusedError(Exception):
+class _RefusedError(DeploykitError):
     """An answer's status and message in place of events."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def _busy(status: int, message: str) -> bool:

@@ -342,7 +342,7 @@ def test_a_full_queue_refuses_some_and_answers_the_others_right(
         answers = [each.result() for each in asking]
     assert full
     answered = [(dialog, answer) for dialog, answer in zip(dialogs, answers) if answer is not None]
-    assert 40 <= len(answered) < 200
+    assert 32 <= len(answered) < 200, "the whole queue was answered"
     expected = local.reply([dialog for dialog, _ in answered], Sampling(max_new_tokens=60, ignore_eos=True))
     assert [answer for _, answer in answered] == [a[0].text for a in expected if not isinstance(a, DataError)]
 
