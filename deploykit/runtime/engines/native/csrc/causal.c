@@ -66,7 +66,7 @@ INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ?
 static void product(Context *c, int number, const Given *from, const Matrix *m, int rows, int add, float *out, int64_t stride) {
     int first, last, end, groups = groups_of(rows, c->kernels->matrix_rows), local = local_panels(m), whole = (int)(stride / COLUMNS);
     share(panels_of(m->out), c->threads, number, &first, &last);
-    if (local < c->kernels->panels) local = c->kernels->panels;
+    local = groups_of(local, c->kernels->panels) * c->kernels->panels;
     for (int begin = first; begin < last; begin = end) {
         end = begin + local < last ? begin + local : last;
         for (int g = 0; g < groups; g++) {
