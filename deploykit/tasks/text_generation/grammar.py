@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation.closed_schema import close_objects
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -151,7 +152,7 @@ def _reason(matcher: LLMatcher) -> str:
 def _json_grammar(schema: Mapping[str, Any] | bool) -> str:
     from llguidance import LLMatcher
 
-    text = json.dumps({"type": "object"} if schema is True else schema)
+    text = json.dumps({"type": "object"} if schema is True else close_objects(json.loads(json.dumps(schema))))
     return str(LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE}))
 
 
