@@ -157,7 +157,7 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
         if record["format"] != FORMAT:
             raise ArtifactError(
                 f"{path}: has format {record['format']}; this deploykit reads format {FORMAT}",
-                "use the version of deploykit that wrote it, or make it again",
+                "use the version of deploykit that wrote it, or create it again",
             )
         manifest = Manifest(
             kind=record["kind"],
@@ -174,7 +174,7 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(f"{path / MANIFEST}: has no {error}", _again(kind)) from error
     if manifest.kind not in get_args(Kind):
-        raise CorruptArtifactError(f"{path / MANIFEST}: is of no known kind: {manifest.kind!r}", _again(kind))
+        raise CorruptArtifactError(f"{path / MANIFEST}: is of an unknown kind: {manifest.kind!r}", _again(kind))
     if manifest.digest != record.get("digest"):
         raise CorruptArtifactError(f"{path / MANIFEST}: its digest does not match its contents", _again(kind))
     if kind is not None and manifest.kind != kind:
@@ -275,7 +275,7 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
             if _identity(out) == before:
                 replace_directory(temporary, out)
             elif not shared:
-                raise ArtifactError(f"{out}: another command wrote it meanwhile", "choose another --output-dir")
+                raise ArtifactError(f"{out}: another command wrote it in the meantime", "choose another --output-dir")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

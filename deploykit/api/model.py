@@ -142,7 +142,7 @@ class Model:
         """
         stream = getattr(self.predictor, "stream", None)
         if stream is None:
-            raise UsageError(f"a model that {self._task.does} gives no streams", "use predict")
+            raise UsageError(f"a model that {self._task.does} cannot stream", "use predict")
         from deploykit.tasks.text_generation.generator import as_prompt
 
         asked = as_prompt(self.predictor, prompt)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def _as_file(rows: StrPath | Iterable[Mapping[str, Any]]) -> Iterator[str]:
             path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"rows: a row is no mapping of JSON values: {error}", 'give {"text": ..., "label": ...}'
+                f"rows: a row is not a mapping of JSON values: {error}", 'give {"text": ..., "label": ...}'
             ) from None
         yield str(path)
 

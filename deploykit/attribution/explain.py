@@ -169,12 +169,12 @@ def _groups(explanation: Explanation) -> list[tuple[str, int]]:
 def check_gradients(*, is_checkpoint: bool) -> None:
     """Raise UsageError where the model is no checkpoint, MissingDependencyError without captum: gradients need both."""
     if not is_checkpoint:
-        raise UsageError("gradients are known for a checkpoint alone", "give the checkpoint, or --method occlusion")
+        raise UsageError("gradients need a checkpoint", "give the checkpoint, or --method occlusion")
     try:
         import captum  # noqa: F401
     except ImportError:
         raise MissingDependencyError(
-            "captum, which integrates gradients, is not installed", "pip install 'deploykit[explain]'"
+            "captum, which computes gradients, is not installed", "pip install 'deploykit[explain]'"
         ) from None
 
 

@@ -43,7 +43,7 @@ def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -
         if found.get("export") == exported.digest:
             return found
     if Path(teacher).is_absolute() and not Path(teacher).exists():
-        say(f"not measured beside its teacher: {teacher} is not there any more")
+        say(f"not compared with its teacher: {teacher} no longer exists")
         return None
     say(f"measuring the teacher {teacher}, the student and its export side by side")
     kind = run.task.graph_kind
@@ -58,7 +58,7 @@ def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -
             candidate["name"] = f"{role}: {candidate['name']}"
         write_report(record, page)
     except DeploykitError as error:
-        say(f"not measured beside its teacher: {error.message}: {error.remedy}")
+        say(f"not compared with its teacher: {error.message}: {error.remedy}")
         return None
     for warning in record["warnings"]:
         say(f"warning: {warning}")

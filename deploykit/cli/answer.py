@@ -23,9 +23,11 @@ from deploykit.errors import UsageError
 @click.option("--input", "source", help="Questions with contexts: SQuAD's JSON, csv, tsv, jsonl, parquet.")
 @OUTPUT
 @RAY
-@click.option("--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers to a question.")
-@click.option("--no-answer-threshold", type=float, help="There is no answer if the log-odds of that, against the best span, "
-              "exceed this (default: the model's threshold).")  # fmt: skip
+@click.option(
+    "--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Number of answers per question."
+)
+@click.option("--no-answer-threshold", type=float, help="Give no answer if the log-odds of no answer against the best span "
+              "exceed this number (default: the model's threshold).")  # fmt: skip
 @click.option("--page", type=click.Path(path_type=Path), help="HTML page of the answers to --input in their contexts, "
               "wrong ones first.")  # fmt: skip
 @reading_options(on_error="skip")
@@ -51,10 +53,10 @@ def command(
 ) -> Result:
     if bool(questions) == bool(source) or bool(questions) != bool(context):
         raise UsageError(
-            "give --question with --context, or --input", 'deploykit answer TARGET --question "..." --context FILE'
+            "give --question and --context, or --input", 'deploykit answer TARGET --question "..." --context FILE'
         )
     if bool(source) != bool(output or page):
-        raise UsageError("--input needs --output or --page, and they need it", "name both")
+        raise UsageError("--input and --output (or --page) go together", "name both")
     if output is None:
         refuse_ray(ray)
     elif no_answer_threshold is not None and ray is not None:

@@ -51,7 +51,7 @@ from deploykit.text_table import text_table
 @option("--request-rate", "rates", aliases=["--rate"], multiple=True, type=click.FloatRange(0, min_open=True),
         help="Open loop: texts/s, with Poisson arrivals; repeat.")  # fmt: skip
 @click.option("--p99-limit", "limits", multiple=True, type=click.FloatRange(0, min_open=True), metavar="MS",
-              help="Find the highest open-loop rate whose p99 latency stays within MS; repeat.")  # fmt: skip
+              help="Find the highest open-loop rate with a p99 latency within MS; repeat.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of rounds.")
 @click.option(
     "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement."

@@ -26,7 +26,7 @@ from deploykit.errors import UsageError
 )
 @click.option("--data", help="Texts to verify the engine with. [default: the test rows in the export]")
 @click.option("--wheels", type=click.Path(path_type=Path),
-              help="Include the Python packages of the device from this folder; missing ones are downloaded into it.")  # fmt: skip
+              help="Include the device's Python packages from this folder; missing packages are downloaded into it.")  # fmt: skip
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign the bundle with this private key (PEM).")
 @click.option("--unpack", type=click.Path(path_type=Path), hidden=True)
 @click.option("--public-key", type=click.Path(path_type=Path), hidden=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _HELP = "Ctrl-C stops an answer; /reset begins a new dialog; /exit or Ctrl-D ends"
 
 
-@deploykit_command(help="Talk with TARGET, a language model: a checkpoint, an export, or a served model.")
+@deploykit_command(help="Chat with TARGET, a language model: a checkpoint, an export, or a served model.")
 @click.argument("model", metavar="TARGET")
 @SERVER_URL
 @click.option("--system", help="Text of the system message.")
@@ -63,7 +63,7 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
             say("a new dialog")
             continue
         if text.startswith("/"):
-            say(f"{text.split()[0]} is no command; {_HELP}")
+            say(f"{text.split()[0]} is not a command; {_HELP}")
             continue
         if not text:
             continue

@@ -8,7 +8,7 @@ from deploykit.cli.command import Result, deploykit_command
 
 
 @deploykit_command(
-    help="Print what became faster or slower, beyond the noise, between two files of deploykit bench --output."
+    help="Print the figures that changed, beyond the noise, between two files of deploykit bench --output."
 )
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))

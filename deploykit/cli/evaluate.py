@@ -37,14 +37,14 @@ from deploykit.text_table import text_table
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @reading_options(on_error="skip")
 @column_options()
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Page of what lies behind the metrics: slices, "
-              "calibration, worst rows; of a classifier likely label errors, words, flips.")  # fmt: skip
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML page about the errors: slices, "
+              "calibration, worst rows; for a classifier also likely label errors, words, flips.")  # fmt: skip
 @click.option(
     "--slice", "slices", multiple=True, metavar="COLUMN", help="Also report the slices by this column of --data."
 )
-@click.option("--against", metavar="FILE", help="Also report how these new rows, labelled or not, differ.")
-@click.option("--seen", metavar="FILE", help="Rows that TARGET was trained on, to report how it does on rows that it has seen (default: "
-              "those of the run, if TARGET is one).")  # fmt: skip
+@click.option("--against", metavar="FILE", help="Also report how these new rows, labelled or not, differ from --data.")
+@click.option("--seen", metavar="FILE", help="Training rows of TARGET, to report the metrics of rows that it has seen (default: "
+              "the run's training rows, if TARGET is a run).")  # fmt: skip
 @click.option("--swaps", type=click.Path(path_type=Path), metavar="FILE.toml", help="Words to swap for the flips of a classifier (default: English "
               "names, genders, origins, religions).")  # fmt: skip
 @FORCE

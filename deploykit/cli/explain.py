@@ -29,9 +29,7 @@ from deploykit.errors import DataError, UsageError
 )
 @click.argument("target")
 @click.argument("texts", nargs=-1)
-@click.option(
-    "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
-)
+@click.option("--text-pair", "pairs", multiple=True, help="Second text of a pair; one for each text.")
 @click.option("--context", type=click.Path(path_type=Path), help="File of the text.")
 @click.option(
     "--rows",
@@ -48,8 +46,8 @@ from deploykit.errors import DataError, UsageError
     help="Integrated gradients (a checkpoint that classifies or generates text), or the effect of removing each word (any "
     "model). auto: gradients for a classifier's checkpoint.",
 )
-@click.option("--unit", type=click.Choice(["word", "sentence"]), default="word", show_default=True, help="Weigh words, or whole sentences: "
-              "faster for long texts.")  # fmt: skip
+@click.option("--unit", type=click.Choice(["word", "sentence"]), default="word", show_default=True, help="Weight words, or whole sentences, "
+              "which is faster for long texts.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="HTML page to write.")
 @reading_options(on_error="skip")
 @column_options(inputs_only=True)
@@ -80,7 +78,7 @@ def command(
     if bool(texts) == bool(source):
         raise UsageError("give texts, or --rows", f'deploykit explain {target} "some text"')
     if source is None and any(columns.values()):
-        raise UsageError("columns are those of --rows", "leave them out, or give --rows")
+        raise UsageError("column options are for --rows", "leave them out, or give --rows")
     if pairs and len(pairs) != len(texts):
         raise UsageError(f"there are {len(texts)} texts and {len(pairs)} of --text-pair", "give as many of each")
     if context is not None and (source or pairs):

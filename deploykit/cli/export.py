@@ -45,11 +45,11 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
               help=f"Type of a language model's keys and values in the engine native.  [default: {CACHES[0]}]")  # fmt: skip
 @CALIBRATION_SPLIT
 @CALIBRATION_DATA
-@click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")
+@click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, instead of calibrating again.")
 @CALIBRATION
 @CALIBRATION_ROWS
 @click.option("--method", type=METHODS,
-              help="How to find ranges of activations; given, it calibrates a language model too.  [default: minmax]")  # fmt: skip
+              help="Method for the ranges of activations; if given, a language model is calibrated too.  [default: minmax]")  # fmt: skip
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose; for a language model, percent of its perplexity.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
@@ -59,11 +59,11 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
     "--measure-rows", type=int, default=0, help="Maximum rows to measure on. [default: all; 500 for translation]"
 )
 @click.option(
-    "--optimum", is_flag=True, help="Also write a translator's graphs as optimum lays them out, to the folder optimum."
+    "--optimum", is_flag=True, help="Also write a translator's graphs in optimum's layout, to the folder optimum."
 )
 @click.option(
     "--beside-teacher/--no-beside-teacher", default=True, show_default=True,
-    help="Measure the INT8 or INT4 export of a distilled run side by side with its teacher and with the run.",
+    help="Compare the INT8 or INT4 export of a distilled run with its teacher and with the run.",
 )  # fmt: skip
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
@@ -151,7 +151,7 @@ def _split_targets(targets: tuple[str, ...], gpu: str | None, language: str | No
     languages = [target for target in targets if target not in gpus] + ([language] if language else [])
     if max(len(gpus), len(languages)) > 1:
         raise UsageError(
-            f"two are given where one is meant: {', '.join(gpus if len(gpus) > 1 else languages)}",
+            f"an option is given twice: {', '.join(gpus if len(gpus) > 1 else languages)}",
             "give --target-lang once, and --gpu once",
         )
     return next(iter(gpus), None), next(iter(languages), None)

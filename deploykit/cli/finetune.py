@@ -143,20 +143,20 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
     type=int,
     default=0,
     metavar="K",
-    help="Also cross-validate: train on all folds of the rows but one, K times.",
+    help="Also cross-validate: train K times, each time on all folds of the rows except one.",
 )
 @click.option(
     "--learning-curve",
     "curve",
     is_flag=True,
-    help="Also train on 10 to 75 % of the rows, and say what more rows would bring.",
+    help="Also train on 10 to 75 % of the rows, and estimate the gain from more rows.",
 )
 @click.option(
     "--processes",
     type=int,
     default=1,
     metavar="N",
-    help="Train in N processes that share each step; on GPUs, one for each.",
+    help="Train in N processes that share each step; on GPUs, one process per GPU.",
 )
 @click.option(
     flag(STUDENT),

@@ -33,9 +33,7 @@ from deploykit.errors import UsageError
     "source",
     help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
 )
-@click.option(
-    "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
-)
+@click.option("--text-pair", "pairs", multiple=True, help="Second text of a pair; one for each text.")
 @OUTPUT
 @RAY
 @reading_options(on_error="skip")

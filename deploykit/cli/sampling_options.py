@@ -35,17 +35,15 @@ _OPTIONS = (
     ),
     click.option("--stop", multiple=True, help="Text that ends an answer; may be repeated."),
     click.option("--stop-token-ids", multiple=True, type=int, help="Token id that ends an answer; may be repeated."),
-    click.option(
-        "--min-new-tokens", type=int, help="Number of tokens before which nothing ends an answer. [default: 0]"
-    ),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end tokens."),
+    click.option("--min-new-tokens", type=int, help="Minimum number of tokens of an answer. [default: 0]"),
+    click.option("--ignore-eos", is_flag=True, help="Continue after the model's end tokens."),
     click.option("--num-beams", type=int, help="Beam search with this many beams; 1: none."),
     click.option("--length-penalty", type=float, help="Exponent of the length that scores of beams are divided by."),
     click.option("--early-stopping", help="When beam search ends: true, false or never, as in Hugging Face."),
     click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]"),
     click.option("--best-of", type=int, help="Generate this many answers and keep the --n likeliest per token."),
     click.option(
-        "--logprobs", type=int, help="Also give each token's log-probability, and those of this many likeliest tokens."
+        "--logprobs", type=int, help="Also report the log-probability of each token and of this many likeliest tokens."
     ),
     click.option("--json-schema", metavar="FILE|JSON", help="JSON Schema that answers fit; true: any JSON object."),
     click.option("--regex", help="Regular expression that answers match."),

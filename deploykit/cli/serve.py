@@ -43,14 +43,14 @@ _OPENAI_OPTIONS = (
     help="Address to listen on; 0.0.0.0 accepts connections from other machines.",
 )
 @click.option(
-    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0: a free one."
+    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0: a free port."
 )
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=8002, show_default=True, help="Metrics port.")
 @click.option(
     "--openai-port",
     type=click.IntRange(0, 65535),
-    help="Port for OpenAI's API, such as 9000; 0: a free one (default: no such port).",
+    help="Port for OpenAI's API, such as 9000; 0: a free port (default: no OpenAI port).",
 )
 @click.option(
     "--api-key",
@@ -64,13 +64,13 @@ _OPENAI_OPTIONS = (
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File of keys, a line NAME:SHA256[:LIMITS] each; it is read again when it changes.",
+    help="File of keys, one NAME:SHA256[:LIMITS] per line; it is read again when it changes.",
 )
 @click.option(
     "--limits",
     default="",
     metavar="NAME=VALUE,...",
-    help="What a caller of the OpenAI port may ask: max_body_bytes (default 8388608), max_rows, max_tokens, timeout (seconds), max_concurrent.",
+    help="Limits for each caller of the OpenAI port: max_body_bytes (default 8388608), max_rows, max_tokens, timeout (seconds), max_concurrent.",
 )
 @click.option(
     "--ssl-certfile",
@@ -110,7 +110,7 @@ _OPENAI_OPTIONS = (
 @click.option(
     "--print-unit",
     is_flag=True,
-    help="Do not serve: print a systemd unit that serves with the other options, and starts again what ends.",
+    help="Do not serve: print a systemd unit that serves with the other options, and restarts the server when it ends.",
 )
 def command(
     *,
@@ -132,7 +132,7 @@ def command(
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
     if print_unit:
         if click.get_current_context().get_parameter_source("api_keys") == ParameterSource.COMMANDLINE:
-            raise UsageError("a unit with --api-key would show the key to every user", "give --api-key-file")
+            raise UsageError("a unit with --api-key would show the key to all users", "give --api-key-file")
         from deploykit.triton.service_unit import service_unit
 
         words = shlex.split(RecordedCommand.command_line())[2:]
@@ -236,7 +236,7 @@ def _front(
 
     if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
         raise UsageError(
-            "an API key is empty, or has white space at an end or other than ASCII letters", "give another"
+            "an API key is empty, begins or ends with white space, or has characters other than ASCII", "give another"
         )
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile go together", "give both")

@@ -51,8 +51,8 @@ SOURCE_LANG = option(
 )
 TEXT_COLUMN = click.option(
     "--text-column", multiple=True,
-    help="Text column of a classifier's rows (default: the training columns, or detected). Two of a checkpoint that deploykit did not "
-    "train are a pair: the tokenizer reads both.",
+    help="Text column of a classifier's rows (default: the training columns, or detected). Given twice for a checkpoint that deploykit "
+    "did not train, it names a pair of texts.",
 )  # fmt: skip
 LABEL_COLUMN = click.option(
     "--label-column",
@@ -67,7 +67,7 @@ REQUIRE_SIGNATURE = click.option(
     "--require-signature",
     metavar="PUBLIC_KEY",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Refuse what deploykit sign has not signed with the private key of this public key (PEM).",
+    help="Refuse artifacts that are not signed with the private key of this public key (PEM).",
 )
 MODEL_REPOSITORY = option(
     "--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),

@@ -23,11 +23,11 @@ _HEAD = (
 )  # fmt: skip
 
 
-@deploykit_command(help="Show what the models of a running server do, as its metrics at URL say.")
+@deploykit_command(help="Show what the models of a running server do, from its metrics at URL.")
 @click.argument("url", default="http://localhost:8002/metrics")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds between readings.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one table and stop, as with --json or in a pipe; otherwise refresh it until Ctrl-C.")  # fmt: skip
-@click.option("--api-key", envvar=API_KEY_VARIABLE, show_envvar=True, metavar="KEY", help="Key of the OpenAI port, if URL is one.")  # fmt: skip
+@click.option("--api-key", envvar=API_KEY_VARIABLE, show_envvar=True, metavar="KEY", help="Key of the OpenAI port, if URL is an OpenAI port.")  # fmt: skip
 def command(*, url: str, interval: float, once: bool, api_key: str | None) -> Result:
     from deploykit.triton.load import model_loads, port_load, read_metrics
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--output", metavar="FILE|FOLDER", help=".txt (a line for each of --input) or .jsonl; for a folder or bucket of files, a "
               "folder or bucket.")  # fmt: skip
 @RAY
-@click.option("--source-column", help="Of --input (default: the training column, or detected).")
+@click.option("--source-column", help="Source column of --input (default: the training column, or detected).")
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), default="split", show_default=True,
               help=LONG_INPUT_HELP)  # fmt: skip
 @click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), default="sentence", show_default=True,

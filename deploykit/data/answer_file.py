@@ -125,9 +125,9 @@ def _check_others(out: Path, own: Path, *, force: bool) -> None:
             _lock(file, other)
             if not force:
                 raise ArtifactError(
-                    f"{out}: a run that did not end has {sum(1 for _ in file):,} rows of it, from another model, other "
+                    f"{out}: an unfinished run has {sum(1 for _ in file):,} rows of it, from another model, other "
                     "input or other options",
-                    f"run it again as it was, pass --force to begin anew, or keep {other.name} under another name",
+                    f"run it again without changes, pass --force to start over, or keep {other.name} under another name",
                 )
             other.unlink()
 

@@ -32,6 +32,6 @@ def require_shares(validation: float, test: float) -> None:
     """Raise UsageError for shares of the rows that are negative, or leave nothing to train on."""
     if not (min(validation, test) >= 0 and validation + test < 1):  # "not (…)" catches NaN too
         raise UsageError(
-            f"validation {validation:g} and test {test:g} are no fractions that leave rows for training",
+            f"validation {validation:g} and test {test:g} do not leave rows for training",
             "let --validation-fraction and --test-fraction add up to less than 1",
         )

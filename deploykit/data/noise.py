@@ -75,7 +75,8 @@ def parse_noise(text: str) -> tuple[str, float]:
         number = 0.0
     if name not in _NAMES or not 0 < number <= 1:
         raise UsageError(
-            f"--augment {text!r} is no noise with a rate", f"write NAME=RATE, as typos=0.1; names: {', '.join(_NAMES)}"
+            f"--augment {text!r} is not a noise with a rate",
+            f"write NAME=RATE, as typos=0.1; names: {', '.join(_NAMES)}",
         )
     return name, number
 

@@ -85,7 +85,9 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
         MissingDependencyError: a .zst file, and the package zstandard is not installed.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is no regular file, and rows are read more than once", "write them to a file first")
+        raise DataError(
+            f"{path}: is not a regular file, and rows are read more than once", "write them to a file first"
+        )
     yield from _lines(path, encoding, newline)
 
 
@@ -143,7 +145,7 @@ class _ZstdFile(io.RawIOBase):
             if not block:
                 if whole:
                     return 0
-                raise EOFError("it ends before its last frame does")
+                raise EOFError("it ends within its last frame")
             if whole:
                 self._frame = self._package.ZstdDecompressor().decompressobj()
             try:
@@ -172,7 +174,7 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     if len(members) != 1:
         names = ", ".join(member.filename for member in members[:5])
         raise DataError(
-            f"{path}: holds {len(members)} files{f' ({names}, …)' if names else ''}, and only an archive of one is read",
+            f"{path}: holds {len(members)} files{f' ({names}, …)' if names else ''}, and only an archive of one file is read",
             "unpack it, and name the file",
         )
     if members[0].flag_bits & 0x1:

@@ -87,7 +87,7 @@ def _folder(folder: Path, split: str, reading: Reading) -> Iterator[Record]:
         yield from texts
     else:
         raise DataError(
-            f"{folder}: holds no data that is read",
+            f"{folder}: contains no data in a known format",
             "give a file, what save_to_disk wrote, a cloned dataset (data/train-….parquet), or a folder of .txt files for "
             "each label",
         )
@@ -157,7 +157,7 @@ def _parquet(path: Path, reading: Reading) -> Iterator[Record]:
                     yield _row(f"{name}:{done}", values, names, reading)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if is_git_lfs_pointer(path):
-            raise DataError(f"{path}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull") from error
+            raise DataError(f"{path}: is a Git LFS pointer, not the file itself", "fetch it: git lfs pull") from error
         raise DataError(f"{path}: cannot be read after row {done}: {first_line(error)}", "write it again") from error
 
 
@@ -208,7 +208,7 @@ def _xlsx(path: Path, reading: Reading) -> Iterator[Record]:
         rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
         book.close()
     except Exception as error:  # what a damaged workbook raises is not documented
-        raise DataError(f"{path}: is not a workbook that can be read: {first_line(error)}", "save it again") from error
+        raise DataError(f"{path}: is not a readable workbook: {first_line(error)}", "save it again") from error
     first = next((n for n, row in enumerate(rows) if any(cell is not None for cell in row)), None)
     if first is None:
         raise DataError(f"{path}: is empty", "give a sheet with a header and rows")

@@ -50,7 +50,7 @@ class Reading:
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
             raise UsageError(
                 f"--delimiter is {self.delimiter!r}",
-                r"give one character, such as ';', '|' or '\t' (a tab); a quote or a line end separates no fields",
+                r"give one character, such as ';', '|' or '\t' (a tab); quotes and line ends cannot separate fields",
             )
         if self.quoting not in (None, *QUOTINGS):
             raise UsageError(f"--quoting is {self.quoting!r}", f"choose one of: {', '.join(QUOTINGS)}")
@@ -62,7 +62,7 @@ class Reading:
                 "add --no-header; columns of a file with a header are chosen by --text-column and the like",
             )
         if not all(map(str.strip, self.columns)) or len(set(self.columns)) < len(self.columns):
-            raise UsageError(f"--columns is {','.join(self.columns)!r}", "give each column a name of its own")
+            raise UsageError(f"--columns is {','.join(self.columns)!r}", "give each column another name")
 
     def key(self) -> tuple[object, ...]:
         """Return what determines the rows that are read, for digests."""

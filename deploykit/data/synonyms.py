@@ -60,11 +60,11 @@ def read_synonyms(path: Path) -> Synonyms:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "check the path") from error
     except (LookupError, ValueError) as error:
         raise DataError(
-            f"{path}: is no list of synonyms: {first_line(error)}",
-            "give words that may stand for each other in each line, with commas between, or a thesaurus of MyThes (.dat)",
+            f"{path}: is not a list of synonyms: {first_line(error)}",
+            "give lines of interchangeable words, separated by commas, or a MyThes thesaurus (.dat)",
         ) from error
     if not found:
-        raise DataError(f"{path}: has no synonyms", "give words that may stand for each other, with commas between")
+        raise DataError(f"{path}: has no synonyms", "give interchangeable words, separated by commas")
     return found
 
 

@@ -154,16 +154,16 @@ def read_encoder(model: Any, *, typed: bool = False, token_head: str | None = No
     except KeyError as error:
         raise ExportError(f"this {kind} lacks {error.args[0]}") from error
     if unread := sorted(set(state) - weights.read):
-        raise ExportError(f"this {kind} has {unread[0]} besides what it knows")
+        raise ExportError(f"this {kind} has the unknown part {unread[0]}")
     width, hidden = found.layers[0].attention.query.weight.shape[1], found.embedding.shape[1]
     if kind == "mpnet" and config.pad_token_id != 1:
         raise ExportError("this mpnet does not pad with the token 1, by which an mpnet counts positions")
     if width != hidden or width % found.heads:
-        raise ExportError(f"this {kind} has attention of another width than its hidden states")
+        raise ExportError(f"the attention of this {kind} has another width than its hidden states")
     if width // found.heads > LARGEST_HEAD:
         raise ExportError(f"this {kind} has heads of {width // found.heads} values, more than {LARGEST_HEAD}")
     if getattr(config, "position_embedding_type", None) not in _POSITION_TYPES or getattr(config, "is_decoder", False):
-        raise ExportError(f"this {kind} attends in another way")
+        raise ExportError(f"this {kind} has another kind of attention")
     return found
 
 

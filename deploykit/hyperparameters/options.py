@@ -18,7 +18,7 @@ class SearchOptions:
     """Options of a search. ``search`` is 0 for a single run, without a search."""
 
     search: int = described(
-        0, "Search hyperparameters: train this many runs, and write the one that is best on the validation rows."
+        0, "Search hyperparameters: train this many runs, and write the run that is best on the validation rows."
     )
     search_space: str | Path | Mapping[str, Any] | None = described(
         None,

@@ -154,8 +154,8 @@ def _check_rows(study: SharedStudy, trained: Finetuned) -> None:
     first = artifacts.load_manifest(study.path(best.number), "checkpoint", verify=False)
     if first.files[_VALIDATION_ROWS] != trained.manifest.files[_VALIDATION_ROWS]:
         raise UsageError(
-            "the searched options change the validation rows, so that the runs cannot be compared",
-            "name the rows with --validation and --test, or leave out of the search space what changes them",
+            "the searched options change the validation rows, so the runs cannot be compared",
+            "name the rows with --validation and --test, or remove the options that change them from the search space",
         )
 
 
@@ -164,7 +164,7 @@ def _objective(trained: Finetuned, name: str | None) -> tuple[str, float]:
     metrics = flat_metrics(trained.manifest.metrics["validation"])
     name = name or main_metric(metrics, get_task(trained.manifest.task.name).headline)
     if name not in metrics:
-        raise UsageError(f"--search-objective {name} is no metric of this task", f"known: {', '.join(metrics)}")
+        raise UsageError(f"--search-objective {name} is not a metric of this task", f"known: {', '.join(metrics)}")
     value = metrics[name]
     if not math.isfinite(value):
         raise DeploykitError(f"{name} is {value}: the run diverged", "lower --learning-rate")
@@ -239,7 +239,7 @@ def _inputs(out: Path) -> str | None:
 def _no_run(record: Mapping[str, Any]) -> DeploykitError:
     ended = [run for run in record["runs"] if run["state"] == "complete"]
     if not ended:
-        return DeploykitError("no run came to its end", "give more --search-time or a larger --search")
+        return DeploykitError("no run finished", "give more --search-time or a larger --search")
     measured = [run for run in ended if run["size_mb"] is not None]
     if not measured:
         return DeploykitError(f"no run has an INT8 export: {ended[0]['error']}", "search without limits")

@@ -118,10 +118,10 @@ def _entry(where: str, name: str, entry: Any, options: FinetuneOptions) -> Range
     where = f"{where}: {name}"
     if name not in option_names(type(options)):
         raise UsageError(
-            f"{where} is no option of --task {options.task}", "see deploykit finetune --help; write learning_rate"
+            f"{where} is not an option of --task {options.task}", "see deploykit finetune --help; write learning_rate"
         )
     if name in _ROWS or isinstance(getattr(options, name), tuple):
-        raise UsageError(f"{where} says which rows are read, and runs on other rows cannot be compared", "leave it out")
+        raise UsageError(f"{where} selects rows, and runs on different rows cannot be compared", "leave it out")
     if isinstance(entry, list | tuple) and entry:
         values = tuple(absolute(value) if name == "model" and isinstance(value, str) else value for value in entry)
         found: Range | Values = Values(values)

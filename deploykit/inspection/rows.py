@@ -33,7 +33,9 @@ def read_columns(
 
     def values(origins: Sequence[str]) -> dict[str, list[str]]:
         if names and (missing := next((origin for origin in origins if origin not in kept), None)):
-            raise DataError(f"{missing}: is no row of a table, so it is in no slice by a column", "leave out --slice")
+            raise DataError(
+                f"{missing}: is not a row of a table, so it has no columns to slice by", "leave out --slice"
+            )
         return {name: [kept[origin][name] for origin in origins] for name in names}
 
     return values
@@ -54,7 +56,7 @@ def new_texts(
     """
     if texts := _texts(task, facts, source, reading, columns):
         return texts if most is None else evenly(texts, most)
-    raise DataError(f"{source}: has no text that the model could answer", "give --against new rows with texts")
+    raise DataError(f"{source}: has no text that the model can answer", "give --against new rows with texts")
 
 
 def texts_against(

@@ -51,4 +51,4 @@ def overloaded(message: str) -> ApiError:
 
 def restarting(message: str) -> ApiError:
     """Return the error for a model that Triton is loading again."""
-    return ApiError(f"{message}; try again in some seconds", 503, code="model_restarting", restarting=True)
+    return ApiError(f"{message}; retry in some seconds", 503, code="model_restarting", restarting=True)

@@ -64,7 +64,7 @@ class Limits:
         """Raise ApiError if a request has, or asks for, more than ``max_rows``."""
         if self.max_rows is not None and rows > self.max_rows:
             raise ApiError(
-                f"{param}: this is a request for {rows:,} answers; your limit is {self.max_rows:,}",
+                f"{param}: the request asks for {rows:,} answers; your limit is {self.max_rows:,}",
                 param=param,
                 code="too_many_rows",
             )
@@ -149,7 +149,7 @@ def read_keys(path: Path, limits: Limits) -> dict[str, Caller]:
         if not _NAME.fullmatch(name) or not _SHA256.fullmatch(sha256):
             raise DataError(f"{path}: line {number}: is not NAME:SHA256 or NAME:SHA256:LIMITS", "correct the line")
         if name in names or sha256.lower() in found:
-            raise DataError(f"{path}: line {number}: the key or the name stands there twice", "remove one")
+            raise DataError(f"{path}: line {number}: the key or the name occurs twice", "remove one")
         try:
             found[sha256.lower()] = Caller(name, limits.replaced(own))
         except UsageError as error:

@@ -22,7 +22,7 @@ _HEADER_S = 60.0
 _KEEP_ALIVE_S = 75
 _START_S = 30.0
 _NO_HTTP = ApiError(
-    "this is no request of HTTP/1.1: its first line, a header, its Content-Length or a chunk is malformed"
+    "this is not a request of HTTP/1.1: its first line, a header, its Content-Length or a chunk is malformed"
 )
 
 

@@ -27,7 +27,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with the type json_schema, and only with it")
+            raise ValueError("json_schema and the type json_schema go together")
         return self
 
     def constraint(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class TritonRoutes:
                 refusal = await while_connected(request.receive, answer.read())
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
                 if time.monotonic() > deadline:
-                    raise ApiError(f"Triton does not answer now ({error}); try again in some seconds", 503) from None
+                    raise ApiError(f"Triton does not answer now ({error}); retry in some seconds", 503) from None
             else:
                 if time.monotonic() > deadline or not RELOADING.search(refusal.decode(errors="replace")):
                     return Response(refusal, answer.status, _kept(answer))
@@ -168,7 +168,7 @@ def _rows(body: bytes, json_length: str | None) -> int:
     if json_length is not None and not (
         json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)
     ):
-        raise ApiError(f"{_JSON_LENGTH}: is not a length of this body")
+        raise ApiError(f"{_JSON_LENGTH}: is not a valid length for this body")
     try:
         text = body if json_length is None else body[: int(json_length)]
         request = json.loads(text, object_pairs_hook=_unique)
@@ -195,5 +195,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     """Return a JSON object. Triton takes the first of two values with one name, Python the last, so they are refused."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("a name occurs twice in an object")
     return found

@@ -100,7 +100,7 @@ class Calibration:
         """Raise ArtifactError for a tensor that is not one of a graph's ``activations``."""
         if foreign := sorted(set(self.histograms) - set(activations)):
             raise ArtifactError(
-                f"the calibration has the tensor {foreign[0]}, which no linear layer of this checkpoint's graph reads",
+                f"the calibration has the tensor {foreign[0]}, which is not an input of any linear layer of this checkpoint's graph",
                 "run deploykit calibrate again",
             )
 

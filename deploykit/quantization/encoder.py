@@ -99,7 +99,7 @@ def calibrate_smoothed(graph: Path, rows: TokenRows, alpha: float | None, say: C
     if not scales:
         raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
     model, count = smooth(onnx.load(graph), scales)
-    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
+    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a separate Mul")
     smoothed = graph.with_name("smoothed.onnx")
     save_graph(model, smoothed)
     calibration, model = calibrate_encoder(smoothed, rows), onnx.load(smoothed)

@@ -128,7 +128,7 @@ class Gpu:
         if result == _OUT_OF_MEMORY:
             raise EngineError(
                 "the GPU is out of memory",
-                "end what else uses it (nvidia-smi), serve fewer --instances, or export with smaller --maxShapes",
+                "stop other processes that use it (nvidia-smi), serve fewer --instances, or export with smaller --maxShapes",
             )
         if result:
             text = c_char_p()

@@ -162,7 +162,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
         changes = {**{name: getattr(Sampling(), name) for name in STRUCTURES}, **changes}
     found = dataclasses.replace(default, **changes)
     if found.best_of is not None and found.best_of < found.n:
-        raise UsageError(f"best_of is {found.best_of}, and n is {found.n}", "give a best_of that is no less than n")
+        raise UsageError(f"best_of is {found.best_of}, and n is {found.n}", "give a best_of of at least n")
     _check_beams(found)
     if found.min_new_tokens > found.max_new_tokens:
         raise UsageError(
@@ -177,7 +177,7 @@ def _check_beams(found: Sampling) -> None:
     if found.num_beams == 1:
         return
     if found.n > found.num_beams:
-        raise UsageError(f"n is {found.n}, and num_beams is {found.num_beams}", "give an n of no more than num_beams")
+        raise UsageError(f"n is {found.n}, and num_beams is {found.num_beams}", "give an n of at most num_beams")
     plain = Sampling()
     with_beams = ("max_new_tokens", "min_new_tokens", "n", "num_beams", "length_penalty", "early_stopping", "stop_token_ids",
                   "ignore_eos", "seed")  # fmt: skip
@@ -187,7 +187,7 @@ def _check_beams(found: Sampling) -> None:
             remedy = "leave one of them out"
             if own not in (None, ()):
                 remedy += f", or give {name} {own:g} where the model has another"
-            raise UsageError(f"num_beams does not go with {name}", remedy)
+            raise UsageError(f"num_beams cannot be combined with {name}", remedy)
 
 
 def _checked(written: str, name: str, value: Any) -> Any:

@@ -205,7 +205,7 @@ class ServedModel:
             except ssl.SSLCertVerificationError as error:
                 raise ServerError(
                     f"{self._url}: its certificate is not trusted ({error.verify_message})",
-                    "set SSL_CERT_FILE to the certificate of the authority that signed it, or to its own if none did",
+                    "set SSL_CERT_FILE to the certificate of the authority that signed it, or to the certificate itself if it is self-signed",
                 ) from None
             except (OSError, http.client.IncompleteRead) as error:
                 lost += not isinstance(error, ConnectionRefusedError)
@@ -326,9 +326,7 @@ class ServedModel:
                 "name a model that deploykit package wrote",
             ) from error
         if "streams" in parameters:
-            raise UsageError(
-                f"model {self._name} answers gRPC streams only", f"use {parameters['streams']}, the model behind it"
-            )
+            raise UsageError(f"model {self._name} answers gRPC streams only", f"use the model {parameters['streams']}")
         return task
 
 

@@ -119,7 +119,7 @@ def _texts(request: Any, name: str) -> list[tuple[str, str]]:
         try:
             text = value.decode()
             if len(text) > MAX_TEXT_CHARS:
-                error = f"the text has {len(text)} characters, the most accepted is {MAX_TEXT_CHARS}"
+                error = f"the text has {len(text)} characters, the maximum is {MAX_TEXT_CHARS}"
         except UnicodeDecodeError as fault:
             error = f"the text is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
         found.append((text, error))

@@ -43,7 +43,7 @@ def explain_texts(
     """
     task: Any = task_of(predictor.task)
     if not isinstance(task, Explaining):
-        raise UsageError(f"a model that {task.does} has no explanations", "give a model of another task")
+        raise UsageError(f"answers of a model that {task.does} cannot be explained", "give a model of another task")
     for option, value, known in (("--method", method, METHODS), ("--unit", unit, UNITS)):
         if value not in known:
             raise UsageError(f"{option} is {value!r}", f"choose one of: {', '.join(known)}")

@@ -30,9 +30,7 @@ _MOST_FOLDS = 100
 def check_repeats(options: FinetuneOptions, folds: int, curve: bool, *, searches: bool = False) -> None:
     """Raise UsageError if ``--folds`` or ``--learning-curve`` does not fit the options of the run, or a search."""
     if searches and (folds or curve):
-        raise UsageError(
-            "--search has runs of its own", "give --folds and --learning-curve with the best run's options"
-        )
+        raise UsageError("--search trains other runs", "give --folds and --learning-curve with the best run's options")
     if folds and not 2 <= folds <= _MOST_FOLDS:
         raise UsageError(f"--folds is {folds}", f"give a number from 2 to {_MOST_FOLDS}")
     if folds and (options.validation is not None or options.test is not None):

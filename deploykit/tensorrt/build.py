@@ -69,7 +69,7 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
     if builder == "rtx":
         if options.timing_cache:
             raise UsageError(
-                "--timingCacheFile: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave it out"
+                "--timingCacheFile: TensorRT-RTX has no timing cache: it chooses kernels on the GPU", "leave it out"
             )
         known = importlib.import_module(BINDINGS["rtx"]).ComputeCapability.__members__
         if options.gpu.replace("sm_", "SM") not in known and options.gpu.startswith("sm_"):
@@ -281,8 +281,8 @@ def _unsupported_operator(graph: Path, errors: Sequence[Any]) -> ExportError:
         + (f", from the PyTorch module {module}" if module else "")
         + f"): {error.desc()}"
         + (f"; nor {', '.join(sorted(others))}" if others else ""),
-        (f"have the module {module} compute it with other operators" if module else "compute it with other operators")
-        + ", or export without --trt: ONNX Runtime and OpenVINO take this graph as it is",
+        (f"change the module {module} to use other operators" if module else "compute it with other operators")
+        + ", or export without --trt: ONNX Runtime and OpenVINO run this graph",
     )
 
 

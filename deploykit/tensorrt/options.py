@@ -126,7 +126,9 @@ def profiles_of_shapes(minimum: Sequence[str], optimum: Sequence[str], maximum: 
     given = dict(zip(_SHAPES, (minimum, optimum, maximum)))
     if len({len(shapes) for shapes in given.values()}) > 1:
         counts = ", ".join(f"{option} {len(shapes)} times" for option, shapes in given.items())
-        raise UsageError(f"a profile is three shapes, and there are {counts}", "give each option once for each profile")
+        raise UsageError(
+            f"a profile needs three shapes, but these are given: {counts}", "give each option once for each profile"
+        )
     return tuple(
         ",".join(
             f"{axis}={':'.join(str(shape.get(axis, '?')) for shape in shapes)}"
@@ -144,7 +146,7 @@ def _axes(option: str, text: str) -> dict[str, int]:
         names = _SHAPE_AXES.get(name)
         if names is None or not re.fullmatch(r"\d{1,9}(x\d{1,9})*", numbers) or numbers.count("x") + 1 != len(names):
             raise UsageError(
-                f"{option} {text}: {part.strip()!r} is no shape of an input",
+                f"{option} {text}: {part.strip()!r} is not the shape of an input",
                 "give it like input_ids:8x64 (rows x tokens), for a translator input_ids:8x64,past:64",
             )
         for axis, size in zip(names, map(int, numbers.split("x"))):
@@ -173,7 +175,7 @@ def parse_size(text: str) -> int:
     """Parse ``1GiB``, ``512MiB`` and the like to bytes. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or not int(match[1]):
-        raise UsageError(f"--memPoolSize {text!r} is no size", "give one like workspace:512MiB or workspace:1GiB")
+        raise UsageError(f"--memPoolSize {text!r} is not a size", "give one like workspace:512MiB or workspace:1GiB")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 

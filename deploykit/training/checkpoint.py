@@ -120,7 +120,7 @@ def not_loadable(model: str, error: Exception) -> ArtifactError:
     reason = first_line(error)
     if not Path(model).exists():
         return ArtifactError(
-            f"{model}: is no folder here and could not be fetched from the hub: {reason}",
+            f"{model}: is not a local folder, and could not be fetched from the hub: {reason}",
             "check the name and the network, or give the folder of a checkpoint",
         )
     return ArtifactError(f"{model}: cannot be loaded: {reason}", "check that the checkpoint is whole")
@@ -142,7 +142,7 @@ def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
     loaded = load_for_training(base, task.name, **task.model_config)
     if random := sorted(set(loaded.new) - saved_keys(path)):
         raise ArtifactError(
-            f"{path}: its weights are not whole: {shown_keys(random)} are neither in the adapter nor in its base {base}, "
+            f"{path}: its weights are incomplete: {shown_keys(random)} are neither in the adapter nor in its base {base}, "
             "and were random when it was trained",
             "train again with these modules in modules_to_save (deploykit finetune puts them there)",
         )

@@ -35,6 +35,6 @@ def refuse_unknown(config: Any, name: str, decoded_by: Set[str]) -> None:
         field for field, value in known.items() if value not in (*_NEUTRAL, *((1,) if field in _NEUTRAL_AT_ONE else ()))
     ]:
         raise ArtifactError(
-            f"{name}: its generation config sets {', '.join(refused)}, which deploykit does not decode by",
-            "take it out of generation_config.json, and measure what the checkpoint loses",
+            f"{name}: its generation config sets {', '.join(refused)}, which deploykit's decoding does not support",
+            "remove it from generation_config.json, and measure the checkpoint without it",
         )

@@ -35,7 +35,7 @@ def known_layers(model: Any, option: str) -> int:
     """Return the number of layers. Raises UsageError naming ``option`` if the model's parameters are not named by layer."""
     layers = count_layers(model)
     if not layers:
-        raise UsageError(f"{option}: the layers of a {model.config.model_type} are not known", "leave it out")
+        raise UsageError(f"{option}: deploykit does not know the layers of a {model.config.model_type}", "leave it out")
     return layers
 
 

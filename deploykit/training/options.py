@@ -58,8 +58,8 @@ class FinetuneOptions(Reading):
         "Training rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, or two "
         "text files as a.en,a.fr; for questions SQuAD's JSON. Default with --qat: the rows of the run TARGET.",
     )
-    validation: str | None = described(None, "Rows that the best step is chosen by (default: split off --train).")
-    test: str | None = described(None, "Rows that the result is measured on (default: split off --train).")
+    validation: str | None = described(None, "Rows for choosing the best step (default: split off --train).")
+    test: str | None = described(None, "Rows for measuring the result (default: split off --train).")
     validation_fraction: float = described(
         0.1, "Share of the rows for validation, without --validation; 0: train on all rows."
     )
@@ -93,7 +93,7 @@ class FinetuneOptions(Reading):
         0.0, "Unfreeze the layers from the top, one by one, in this share of the run; 0: off."
     )
     ema_decay: float = described(
-        0.0, "Use an exponential average of the weights, of which each step keeps this share, such as 0.99; 0: off."
+        0.0, "Use an exponential average of the weights; this is the share that each step keeps, such as 0.99; 0: off."
     )
     swa_start: float = described(
         0.0, "Use the mean of the weights of all steps after this share of the run (SWA), such as 0.75; 0: off."

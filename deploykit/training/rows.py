@@ -108,7 +108,9 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
     splits = {"train": train, "validation": splits["validation"] or validation, "test": splits["test"] or test}
     say("splits: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()))
     if not splits["validation"]:
-        say("no validation rows: no step is evaluated, training does not stop early, and the last step is kept")
+        say(
+            "no validation rows: no step is evaluated, training does not stop early, and the model of the last step is kept"
+        )
     return Rows(columns, splits, cleaning, leaks)
 
 

@@ -44,7 +44,7 @@ def check_source(model: str, task: str | None = None) -> None:
             raise ArtifactError(f"{model}: is a checkpoint for {made_for}, not {task}", f"give --task {made_for}")
     files = sorted(path.iterdir()) if path.is_dir() else []
     if pointer := next((file for file in files if file.is_file() and is_git_lfs_pointer(file)), None):
-        raise ArtifactError(f"{pointer}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull")
+        raise ArtifactError(f"{pointer}: is a Git LFS pointer, not the file itself", "fetch it: git lfs pull")
     if not (path / MANIFEST).exists():
         refuse_adapter(path)
     if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():

@@ -82,7 +82,7 @@ def test_a_run_sees_copies_of_three_kinds(
         (("--augment", "case=1", "--mask-model", "x"), 2, "--mask-model is for --augment mask"),
         (("--augment", "back-translation=1"), 2, "--back-translate FORWARD BACKWARD"),
         (("--back-translate", "a", "b"), 2, "--back-translate is for --augment back-translation"),
-        (("--augment", "mask=0.1"), 2, "is no masked language model"),
+        (("--augment", "mask=0.1"), 2, "is not a masked language model"),
         (("--augment", "synonyms=0.1", "--synonyms", "no-such-file"), 1, "no-such-file: cannot be read"),
     ],
 )

@@ -66,7 +66,7 @@ def test_the_context_of_an_answer_is_explained(deploykit: Deploykit, tmp_path: P
     assert "'w50' is not among the 20 best answers" in err
     code, _, err = deploykit("explain", model, "which", "--context", context, "--method", "gradients")
     assert code == 2
-    assert "are explained by occlusion" in err
+    assert "only occlusion explains" in err
 
 
 def test_generated_answers_and_translations_are_explained(

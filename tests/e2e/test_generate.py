@@ -415,7 +415,7 @@ def test_what_cannot_be_done_is_refused_before_training(
         (("generate", export, "a", "--temperature", "-1"), 2, "temperature is -1.0"),
         (("translate", export, "a"), 2, "use deploykit predict"),
         (("evaluate", export, "--data", rows, "--label-column", "x"), 2, "--label-column does not apply"),
-        (("evaluate", export, "--data", rows, "--answer-regex", "("), 2, "no regular expression"),
+        (("evaluate", export, "--data", rows, "--answer-regex", "("), 2, "not a regular expression"),
     ]  # fmt: skip
     for words, code, told in cases:
         done = deploykit(*words)

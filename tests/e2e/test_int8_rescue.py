@@ -280,7 +280,7 @@ def test_a_checkpoint_trained_for_int8_refuses_other_ranges(
     for words in (("--method", "mse"), ("--smooth-quant",), ("--calib", kept)):
         code, _, err = deploykit("export", tmp_path / "run", "--output-dir", tmp_path / "e", "--int8", *words)
         assert code == 2
-        assert "ranges of its own" in err
+        assert "its own ranges" in err
     code, _, err = deploykit("export", tmp_path / "run", "--output-dir", tmp_path / "e", "--int8")
     assert code == 1
     assert "qat.json: has no scale for the input of" in err

@@ -103,16 +103,16 @@ def test_an_export_is_measured_beside_teacher_and_student(
         "export", run, "--int8", "--max-drop", 100, "--output-dir", tmp_path / "other", "--json"
     )
     assert (code, "teacher" in json.loads(printed)) == (0, False), err
-    assert "not measured beside its teacher" in err
+    assert "not compared with its teacher" in err
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--layerwise-lr-decay", 0), "--layerwise-lr-decay is 0"),
-        (("--student", "layers=2", "--lora-r", 4), "--student changes the checkpoint"),
-        (("--qat", "--teacher", "m"), "--qat goes on training a checkpoint as it is"),
-        (("--augment", "typos"), "--augment 'typos' is no noise with a rate"),
+        (("--student", "layers=2", "--lora-r", 4), "--student changes the layers"),
+        (("--qat", "--teacher", "m"), "--qat continues the training of a checkpoint"),
+        (("--augment", "typos"), "--augment 'typos' is not a noise with a rate"),
         (("--distill-hidden", 1), "--distill-hidden is for --teacher"),
         (("--r-drop", -1), "--r-drop is -1"),
         (("--regression", "--focal-gamma", 2), "--focal-gamma is for labels"),

@@ -442,9 +442,9 @@ def test_a_bundle_compares_spans_with_the_recorded_ones(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--question", "q"), 2, "give --question with --context"),
+        (("--question", "q"), 2, "give --question and --context"),
         (("--question", "q", "--context", "c.txt", "--no-answer-threshold", "nan"), 2, "--no-answer-threshold is nan"),
-        (("--input", "ask.jsonl"), 2, "--input needs --output or --page"),
+        (("--input", "ask.jsonl"), 2, "--input and --output (or --page) go together"),
         (("--question", "q", "--context", "absent.txt"), 1, "absent.txt: cannot be read"),
         (("--input", "ask.jsonl", "--output", "out.txt"), 2, "files of type '.txt' are not written"),
     ],

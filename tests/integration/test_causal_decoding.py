@@ -389,7 +389,7 @@ def test_beams_beside_other_answers_change_nothing(graph: Path) -> None:
         alone = ours.query(query.prompt, query.sampling)
         run(ours.decoder, [alone])
         assert ids(alone) == ids(query)
-    with pytest.raises(UsageError, match="num_beams does not go with temperature"):
+    with pytest.raises(UsageError, match="num_beams cannot be combined with temperature"):
         override(beams, {"temperature": 1.0})
     with pytest.raises(UsageError, match="n is 5, and num_beams is 4"):
         override(beams, {"n": 5})

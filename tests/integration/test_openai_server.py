@@ -180,11 +180,11 @@ def test_a_key_is_held_to_its_limits_on_tritons_routes(served: dict[str, Any]) -
 
     with asking(served, FEW) as client:
         assert infer(client, body(["w1", "w2"])).status_code == 200
-        assert refusal(body(["w1", "w2", "w3"])) == (400, "inputs: this is a request for 3 answers; your limit is 2")
+        assert refusal(body(["w1", "w2", "w3"])) == (400, "inputs: the request asks for 3 answers; your limit is 2")
         assert refusal(body(["w1" * 3000])) == (413, "the body has more than 4,000 bytes")
         twice = json.dumps(body(["w1", "w2", "w3"]))[:-1] + f', "inputs": {json.dumps(body(["w1"])["inputs"])}}}'
         status, told = refusal(twice)
-        assert (status, "a name stands twice" in told) == (400, True)
+        assert (status, "a name occurs twice" in told) == (400, True)
         assert refusal(b"x", headers={"inference-header-content-length": "9"})[0] == 400
         assert refusal(gzip.compress(b"{}"), headers={"content-encoding": "gzip"})[0] == 415
 

@@ -120,7 +120,7 @@ def test_a_head_for_other_labels_is_replaced_with_a_message(
     words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--per-device-train-batch-size", 4)
     code, out = run("finetune", folder, *words, *lora, "--output-dir", tmp_path / "r")
     assert code == 0, out
-    assert "answers ham, spam; it is made anew, for bad, good" in out
+    assert "answers ham, spam; it is replaced by a new head, for bad, good" in out
     if lora:  # the new head is in the adapter, and so the same at each load
         assert run("export", tmp_path / "r", "--output-dir", tmp_path / "e")[0] == 0
         return
@@ -145,7 +145,7 @@ def test_a_regression_is_trained_measured_exported_and_answers_numbers(
     code, out = run("finetune", folder, "--train", table, "--regression", *words, "--output-dir", tmp_path / "r")
     assert code == 0, out
     assert "Pearson" in out
-    assert "is made anew" in out
+    assert "is replaced by a new head" in out
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]
     assert set(metrics) == {"mae", "rmse", "pearson", "spearman", "intervals"}
     assert metrics["pearson"] > 0.5, "it learned something"

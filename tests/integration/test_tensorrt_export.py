@@ -396,7 +396,7 @@ def test_shapes_in_trtexecs_syntax_become_profiles_and_back() -> None:
     ("shapes", "says"),
     [
         ((["input_ids:1x1"], ["input_ids:1x1"], []), "--maxShapes 0 times"),
-        ((["input_ids:1"], ["input_ids:1x1"], ["input_ids:1x1"]), "--minShapes input_ids:1: .* is no shape"),
+        ((["input_ids:1"], ["input_ids:1x1"], ["input_ids:1x1"]), "--minShapes input_ids:1: .* is not the shape"),
         ((["input_ids:1x1"], ["tokens:1x1"], ["input_ids:1x1"]), "--optShapes tokens:1x1"),
         ((["input_ids:1x1"], ["input_ids:1x1,attention_mask:1x2"], ["input_ids:1x1"]), "length is both 1 and 2"),
     ],

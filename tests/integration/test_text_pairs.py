@@ -114,7 +114,7 @@ def test_pairs_are_read_from_columns_splits_and_the_command_line(work: Path, tmp
     assert answer["text"] == f"{row['text']} | {row['text_pair']}"
     code, out = run("predict", work / "e", "a text alone")
     assert code == 1
-    assert "is no pair of texts" in out
+    assert "is not a pair of texts" in out
     assert run("predict", work / "e", "one", "--text-pair", "two", "--text-pair", "three")[0] == 2
 
 
@@ -169,7 +169,7 @@ def test_a_pair_is_written_as_one_text_and_read_again(pair: tuple[str, str]) -> 
 
 @pytest.mark.parametrize("text", ["a", "[1, 2]", '["a"]', '["a", "b", "c"]', "{}", "null"])
 def test_what_is_no_pair_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="is no pair of texts"):
+    with pytest.raises(DataError, match="is not a pair of texts"):
         from_text(text)
 
 

@@ -365,7 +365,7 @@ def test_a_served_model_is_opened_by_its_task(server: TritonServer) -> None:
         ServedTranslator("tiny", server.urls.http)
     with pytest.raises(UsageError, match="fr_stream answers gRPC streams only") as caught:
         open_served("fr_stream", server.urls.http)
-    assert caught.value.remedy == "use fr, the model behind it"
+    assert caught.value.remedy == "use the model fr"
 
 
 def test_a_client_needs_no_engine() -> None:

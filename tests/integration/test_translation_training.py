@@ -284,7 +284,7 @@ def test_an_unsupported_generation_config_is_refused(
     marian: Path, copy: Callable[[Path], Path], field: str, value: object
 ) -> None:
     folder = with_search(copy(marian), **{field: value})
-    with pytest.raises(ArtifactError, match=f"sets {field}, which deploykit does not decode by"):
+    with pytest.raises(ArtifactError, match=f"sets {field}, which deploykit's decoding does not support"):
         TorchTranslator.load(folder)
 
 

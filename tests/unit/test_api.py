@@ -181,8 +181,8 @@ def test_rows_are_evaluated_from_a_file_or_as_they_are(tiny_export: Path, tmp_pa
         ),
         (lambda model: model.evaluate("no.csv"), errors.DataError, "no.csv"),
         (lambda model: model.evaluate([{"text": "w1", "label": "odd"}]), errors.DataError, "'odd'"),
-        (lambda model: model.evaluate(["w1"]), errors.DataError, "a row is no mapping"),
-        (lambda model: model.evaluate([{"text": "w1", "label": object()}]), errors.DataError, "a row is no mapping"),
+        (lambda model: model.evaluate(["w1"]), errors.DataError, "a row is not a mapping"),
+        (lambda model: model.evaluate([{"text": "w1", "label": object()}]), errors.DataError, "a row is not a mapping"),
         (lambda model: model.evaluate([{"text": "w1"}], colour="red"), errors.UsageError, "colour"),
     ],
 )

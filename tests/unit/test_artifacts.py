@@ -131,7 +131,7 @@ def test_of_two_commands_that_write_one_folder_the_first_to_end_stays(tmp_path: 
     for out in (tmp_path / "new", tmp_path / "empty"):
         if out.name == "empty":
             out.mkdir()
-        with pytest.raises(ArtifactError, match=f"{out}: another command wrote it meanwhile"):
+        with pytest.raises(ArtifactError, match=f"{out}: another command wrote it in the meantime"):
             write(shared=False)
         assert (out / "name").read_text() == "first"
         write(shared=True)

@@ -60,7 +60,7 @@ def augmented(
 def rewriters(options: ClassificationOptions, work: Path, say: Say) -> Iterator[dict[str, Rewriter]]:
     """Yield noise -> what makes it, with the models open that it needs. Translations are kept in ``work``.
 
-    Raises UsageError for translators that do not go there and back, and for what is no masked language model.
+    Raises UsageError for translators that do not go there and back, and for a model that is not a masked language model.
     """
     names = {name for name, _ in map(parse_noise, options.augment)}
     found = {name: _each(NOISES[name]) for name in names if name in NOISES}

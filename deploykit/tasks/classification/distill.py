@@ -54,7 +54,7 @@ class Teacher:
         """Return the model itself. Raises UsageError if it is no checkpoint."""
         if not isinstance(self._predictor, TorchClassifier):
             raise UsageError(
-                "--distill-hidden needs the teacher's hidden states, and exports and served models give none",
+                "--distill-hidden needs the teacher's hidden states, and exports and served models do not return them",
                 "give the checkpoint as --teacher",
             )
         return self._predictor

@@ -139,7 +139,9 @@ def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]
     try:
         truth = task.targets(labels)
     except ValueError as error:
-        raise DataError(f"a label is no number, and the model gives numbers: {error}", "correct the data") from None
+        raise DataError(
+            f"a label is not a number, but the model predicts numbers: {error}", "correct the data"
+        ) from None
     except KeyError as error:
         raise DataError(
             f"the data have the label {error}, which the model does not",

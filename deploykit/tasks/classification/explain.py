@@ -38,7 +38,7 @@ class ClassifiedText:
         if label is None:
             label = task.labels[int(scores.argmax())]
         elif label not in task.labels:
-            raise UsageError(f"--answer {label} is no label of the model", f"it has: {', '.join(task.labels)}")
+            raise UsageError(f"--answer {label} is not a label of the model", f"it has: {', '.join(task.labels)}")
         self._index = task.labels.index(label)
         self.answer = f"{scores[0]:.6g}" if task.regression else label
 

@@ -70,8 +70,8 @@ def write(
     trained = TrainedScales.load(checkpoint)
     if trained is not None and (saved is not None or options.smooth_quant is not None or options.method is not None):
         raise UsageError(
-            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and --calib "
-            "do nothing",
+            f"{checkpoint}: was trained for INT8 with its own ranges, so --method, --smooth-quant and --calib "
+            "have no effect",
             "leave them out",
         )
     if options.trt is not None:

@@ -33,7 +33,7 @@ def from_text(text: str) -> tuple[str, str]:
         return normalize(first), normalize(second)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise DataError(
-            f"{text[:40]!r} is no pair of texts, and the model reads pairs", 'give a pair as JSON: ["one", "other"]'
+            f"{text[:40]!r} is not a pair of texts, and the model reads pairs", 'give a pair as JSON: ["one", "other"]'
         ) from None
 
 

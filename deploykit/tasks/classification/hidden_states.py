@@ -50,7 +50,7 @@ class HiddenTeacher:
             or (student.task.pair and teacher.task.token_types and not student.task.token_types)
         ):
             raise UsageError(
-                "--distill-hidden: teacher and student read other tokens of a text, and are compared token by token",
+                "--distill-hidden: teacher and student have different tokenizers, but are compared token by token",
                 "give two checkpoints with the same tokenizer, or leave it out",
             )
         inputs = {"input_ids": torch.tensor([encoded.ids[0]]), "attention_mask": torch.ones(1, len(encoded.ids[0]))}
@@ -115,5 +115,5 @@ def states_of(outputs: Any) -> Sequence[torch.Tensor]:
     """Return the hidden states after each layer. Raises UsageError for a model that has none, or of several lengths."""
     states = getattr(outputs, "hidden_states", None)
     if not states or len({state.shape for state in states[1:]}) != 1:
-        raise UsageError("--distill-hidden: a model has no hidden states of one stack of layers", "leave it out")
+        raise UsageError("--distill-hidden: a model does not have one stack of layers", "leave it out")
     return list(states[1:])

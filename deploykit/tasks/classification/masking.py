@@ -33,7 +33,7 @@ class MaskedWords:
         except ArtifactError as error:
             raise UsageError(f"--augment mask: {error.message}", remedy) from error
         if loaded.new or self._tokenizer.mask_token is None:
-            raise UsageError(f"--augment mask: {checkpoint} is no masked language model", remedy)
+            raise UsageError(f"--augment mask: {checkpoint} is not a masked language model", remedy)
         self._model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._limit = max_tokens(self._tokenizer, config)
         vocabulary = self._tokenizer.get_vocab()

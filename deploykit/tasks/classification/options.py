@@ -23,14 +23,15 @@ class ClassificationOptions(FinetuneOptions):
 
     task: str = Classification.name
     text_column: tuple[str, ...] = described(
-        (), "Text column (default: detected). Two are a pair: the tokenizer reads both, with its separator between."
+        (),
+        "Text column (default: detected). Given twice, it names a pair of texts; the tokenizer puts its separator between them.",
     )
     label_column: tuple[str, ...] = described(
         (),
         "Label column (default: detected); with --multi-label repeat it for columns of 0 and 1 that are named after their "
         "labels.",
     )
-    text_separator: str | None = described(None, "Join the text columns into one text, with this between.")
+    text_separator: str | None = described(None, "Join the text columns into one text, with this separator.")
     multi_label: bool = described(False, "Allow any number of labels per row: a list, or names separated by |.")
     regression: bool = described(False, "The label is a number: train on the squared error.")
     labels: str | None = described(
@@ -51,14 +52,14 @@ class ClassificationOptions(FinetuneOptions):
         0.0, "Focal loss: weight a row by (1 - the probability of its label) to this power; 0: off."
     )
     r_drop: float = described(
-        0.0, "R-Drop: weight of the divergence of two passes of a batch through different dropouts; 0: off."
+        0.0, "R-Drop: weight of the divergence between two passes of a batch with different dropout; 0: off."
     )
     teacher: str | None = described(
         None,
         "Distillation: also learn from this model, a checkpoint, an export or a served model's name: its probabilities "
         "(classification; text-generation, of a checkpoint), or the translations of its beam search (translation).",
     )
-    distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
+    distill_alpha: float = described(0.5, "Share of the teacher in the loss; the labels have the other share.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
     distill_hidden: float = described(
         0.0,
@@ -74,8 +75,8 @@ class ClassificationOptions(FinetuneOptions):
     )
     synonyms: str | None = described(
         None,
-        "Words for --augment synonyms: a file with words that may stand for each other in each line, with commas between, "
-        "or a thesaurus of MyThes (.dat).",
+        "Words for --augment synonyms: a file with lines of interchangeable words, separated by commas, "
+        "or a MyThes thesaurus (.dat).",
     )
     mask_model: str | None = described(
         None, "Masked language model for --augment mask, a folder or a hub id (default: TARGET)."
@@ -167,7 +168,7 @@ class ClassificationOptions(FinetuneOptions):
         super().check()
         if len(self.text_column) > 2 and self.text_separator is None:
             raise UsageError(
-                f"{len(self.text_column)} text columns are given, and a model reads one text or a pair",
+                f"{len(self.text_column)} text columns are given, but a model reads one text or a pair",
                 "join them into one text: --text-separator ' '",
             )
         if 0 < self.max_length < 3:
@@ -178,9 +179,9 @@ class ClassificationOptions(FinetuneOptions):
         if self.regression:
             for name in ("multi_label", "labels", "qat", "label_smoothing_factor", "focal_gamma"):
                 if getattr(self, name):
-                    raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
+                    raise UsageError(f"{flag(name)} is for labels, but --regression predicts numbers", "leave one out")
             if self.class_weights != "none":
-                raise UsageError("--class-weights is for labels, and --regression for numbers", "leave one out")
+                raise UsageError("--class-weights is for labels, but --regression predicts numbers", "leave one out")
         if len(self.label_column) > 1:
             if not self.multi_label:
                 raise UsageError(
@@ -203,13 +204,15 @@ class ClassificationOptions(FinetuneOptions):
                 "leave them out with --multi-label",
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
-            raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
+            raise UsageError(
+                "--qat measures before and after training, but no rows are held out", "give --validation or --test"
+            )
         self.refuse_without("teacher", "distill_alpha", "distill_temperature", "distill_hidden")
         self._check_noises()
         if self.qat and (self.teacher or self.student_layers):
-            raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student")
+            raise UsageError("--qat continues the training of a checkpoint", "leave out --teacher and --student")
         if self.student_layers and self.lora_r:
-            raise UsageError("--student changes the checkpoint that an adapter of --lora-r is for", "leave one out")
+            raise UsageError("--student changes the layers that an adapter of --lora-r would adapt", "leave one out")
         if self.temperature_scaling and (self.qat or self.regression or not self.validates):
             reason = (
                 "--qat keeps it" if self.qat else "numbers have none" if self.regression else "it is fitted on them"
@@ -217,7 +220,7 @@ class ClassificationOptions(FinetuneOptions):
             what = "validation rows" if not (self.qat or self.regression) else "labels without --qat"
             raise UsageError(f"--temperature-scaling needs {what}: {reason}", "leave it out")
         if self.qat and self.lora_r:
-            raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
+            raise UsageError("--qat trains the rounded weights, and --lora-r trains an adapter", "leave one out")
         self.refuse_without("qat", "qat_method")
 
     def _check_noises(self) -> None:

@@ -140,7 +140,7 @@ def load_examples(
     names_found = {name for label in named for name in label or ()}
     spelled = {name: name for name in names_found} if known is None else _one_spelling(names_found, known)
     if other := [f"{name!r} is {used!r}" for name, used in sorted(spelled.items()) if name != used]:
-        _LOG.warning("%s: labels that mean the same are one: %s", source, ", ".join(other))
+        _LOG.warning("%s: labels with the same meaning were merged: %s", source, ", ".join(other))
     examples = []
     for record, names_of in zip(rows, named):
         label = None if names_of is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in names_of}))
@@ -170,9 +170,11 @@ def detect_columns(
     require_columns(text, names, source, "--text-column")
     require_columns(labels, names, source, "--label-column")
     if len(set(labels)) < len(labels):
-        raise UsageError(f"--label-column is given twice with one name: {', '.join(labels)}", "name each column once")
+        raise UsageError(
+            f"--label-column is given twice with the same name: {', '.join(labels)}", "name each column once"
+        )
     if both := next((label for label in labels if label in text), None):
-        raise UsageError(f"column {both!r} is given as text and as label", "choose another --label-column")
+        raise UsageError(f"column {both!r} is given both as text and as label", "choose another --label-column")
     if not labels and (usual := first_usual(LABEL_COLUMNS, [n for n in names if n not in text])):
         labels = (usual,)
     if not text:
@@ -230,7 +232,7 @@ def check_numbers(examples: Sequence[Example], source: str) -> None:
             finite = False
         if not finite:
             raise DataError(
-                f"{source}: the label {example.label!r} at {example.origin} is no number, and the model gives numbers",
+                f"{source}: the label {example.label!r} at {example.origin} is not a number, but the model predicts numbers",
                 "correct the row, or train without --regression",
             )
 
@@ -285,7 +287,7 @@ def _cell(record: Record, column: str, separator: str | None) -> object:
         return written
     if separator is None and _in_brackets(value) and _SEVERAL_WORDS.search(value):
         raise DataError(
-            f"{record.origin}: column {column!r} has {value.strip()[:60]!r}, which is no list that Python or JSON reads",
+            f"{record.origin}: column {column!r} has {value.strip()[:60]!r}, which is neither a Python nor a JSON list",
             'write ["one", "other"] or one|other; give --label-separator \'|\' if the brackets are part of a label',
         )
     return value
@@ -333,7 +335,8 @@ def _indicator_width(cells: Sequence[object], labels: Sequence[str], where: str)
     items = [item for cell in lists for item in cell]
     if share := next((item for item in items if isinstance(item, float) and not item.is_integer()), None):
         raise DataError(
-            f"{where} holds lists of numbers such as {share}, and a row has a label or not", "write 0 and 1, or names"
+            f"{where} holds lists of numbers such as {share}, but a row either has a label or not",
+            "write 0 and 1, or names",
         )
     if not items or not all(item in (0, 1) for item in items):
         return 0

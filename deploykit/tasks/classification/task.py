@@ -103,7 +103,7 @@ class _Classification:
     def as_text(self, facts: Classification, first: str, second: str) -> str:
         if not facts.pair:
             raise UsageError(
-                "the model reads one text, and two are given",
+                "the model reads one text, but two are given",
                 "give texts; export a checkpoint of pairs with two --text-column",
             )
         return as_text(first, second)

@@ -121,7 +121,7 @@ class ClassificationStage:
                 raise DataError(
                     f"{self._options.train}: labels that {self._options.origin} does not give: "
                     f"{', '.join(map(repr, sort_labels(unknown)))}; it gives {', '.join(map(repr, known))}",
-                    "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
+                    "--qat continues the training of a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
         if named := self._options.named_labels:
@@ -313,7 +313,7 @@ class ClassificationStage:
             and kept_order(task.labels, self._head) != task.labels
         ):
             say(
-                f"the head of {options.origin} answers {', '.join(self._head)}; it is made anew, for "
+                f"the head of {options.origin} answers {', '.join(self._head)}; it is replaced by a new head, for "
                 f"{', '.join(task.labels)}"
             )
             new |= _initialize_head(model)

@@ -41,5 +41,5 @@ def sample_windows(tokenizer: PairTokenizer, pairs: Sequence[tuple[str, str]], c
             continue
         windows += tokenizer.windows(question, context)
     if not windows:
-        raise DataError("no question leaves room for its context in a window", "give other rows")
+        raise DataError("every question is too long to leave room for its context in a window", "give other rows")
     return evenly(windows, count)

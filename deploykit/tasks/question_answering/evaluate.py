@@ -34,7 +34,7 @@ def labelled_questions(source: str, *, reading: Reading = AS_FOUND, split: str =
     examples, report = clean(read_rows(source, reading=reading, split=split), problems.append)
     if not examples:
         raise DataError(
-            f"{source}: no row has a question, a context and an answer that stands in it", "; ".join(report.lines())
+            f"{source}: no row has a question, a context and an answer that occurs in it", "; ".join(report.lines())
         )
     return LabelledQuestions(examples, tuple(problems))
 
@@ -100,5 +100,5 @@ def _right_answers(text: str) -> tuple[str, ...]:
     except ValueError:
         answers = None
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{text[:40]!r} is no list of right answers", 'write ["..."], or [] for none')
+        raise DataError(f"{text[:40]!r} is not a list of right answers", 'write ["..."], or [] for none')
     return tuple(answers)

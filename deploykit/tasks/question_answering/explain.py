@@ -35,7 +35,7 @@ class AnsweredQuestion:
         if answer is None:
             span = found.decide(predictor.task.no_answer_threshold)
             if not span.text:
-                raise DataError("the model finds no answer, so there is none to explain", "ask another question")
+                raise DataError("the model finds no answer, so there is nothing to explain", "ask another question")
         else:
             spans = [span for span in found.spans if span.text.lower() == answer.lower()]
             if not spans:
@@ -83,5 +83,5 @@ def _around(context: str, units: Sequence[Span], answer: Span) -> Iterator[Span]
 def explained_text(predictor: TextAnswerer, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
     """Return a question with its context to be explained by occlusion. Raises UsageError for gradients."""
     if method == "gradients":
-        raise UsageError("answers to questions are explained by occlusion", "leave out --method")
+        raise UsageError("only occlusion explains answers to questions", "leave out --method")
     return AnsweredQuestion(predictor, text, answer, unit)

@@ -188,10 +188,11 @@ def context_problem(context: str) -> DataError | None:
     """Return why a context cannot be read, or None."""
     if len(context) > MAX_CONTEXT_CHARS:
         return DataError(
-            f"the context has {len(context):,} characters, more than {MAX_CONTEXT_CHARS:,}", "ask about parts of it"
+            f"the context has {len(context):,} characters, more than {MAX_CONTEXT_CHARS:,}",
+            "split it, and ask about each part",
         )
     if is_blank(context):
-        return DataError("the context is empty", "give a text that may hold the answer")
+        return DataError("the context is empty", "give a text that may contain the answer")
     return None
 
 

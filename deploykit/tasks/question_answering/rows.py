@@ -141,7 +141,7 @@ def _row(record: Record, labelled: bool) -> RawRow:
         given, start = values.get("answer"), values.get("answer_start")
         text = scalar(given)
         if given is not None and text is None:
-            raise DataError(f"{origin}: answer is no text", "give one text, or a column answers")
+            raise DataError(f"{origin}: answer is not a text", "give one text, or a column answers")
         answers = ((text, _place(start, origin)),) if text else ()
     return RawRow(
         _cell(values, "question", origin), _cell(values, "context", origin),

@@ -125,7 +125,7 @@ class QuestionAnsweringStage:
         task, metrics = forms[best], measured[best]
         if len(forms) > 1:
             told = ", ".join(f"{'yes' if f.whole_words else 'no'}: {_selected(m):.4f}" for f, m in zip(forms, measured))
-            say(f"whole words, by F1 on the validation rows: {told}")
+            say(f"whole words, chosen by F1 on the validation rows: {told}")
         if "best_f1_threshold" not in metrics:
             return task
         say(f"threshold for no answer, from the validation rows: {metrics['best_f1_threshold']:.2f}")
@@ -180,7 +180,7 @@ def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labe
                 continue
             windows.append(window)
     if not windows:
-        raise DataError("no window holds an answer", "give a larger --max-length or --doc-stride")
+        raise DataError("no window contains an answer", "give a larger --max-length or --doc-stride")
     return Labelled(windows, labels, without)
 
 

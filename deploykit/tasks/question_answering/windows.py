@@ -194,7 +194,9 @@ def _template(tokenizer: Tokenizer) -> _Template:
         (e for e in (tokenizer.encode(a, a) for a in ("a", "1", "的")) if {0, 1} <= {*e.sequence_ids}), None
     )
     if encoding is None:
-        raise ArtifactError("the tokenizer takes no pair of texts", "use a checkpoint whose tokenizer knows letters")
+        raise ArtifactError(
+            "the tokenizer cannot encode a pair of texts", "use a checkpoint whose tokenizer knows letters"
+        )
     members, ids, types = encoding.sequence_ids, encoding.ids, encoding.type_ids
     places = [[i for i, member in enumerate(members) if member == number] for number in (0, 1)]
     (first, *_), (*_, last) = places

@@ -53,7 +53,7 @@ def read_adapter(options: TextGenerationOptions) -> Any:
         )
     if config.modules_to_save or config.trainable_token_indices:
         raise ArtifactError(
-            f"--init-adapter {folder}: holds whole modules or embeddings besides LoRA's matrices",
+            f"--init-adapter {folder}: contains whole modules or embeddings besides LoRA's matrices",
             "merge it into its base (PeftModel.merge_and_unload), and fine-tune that",
         )
     own = {
@@ -130,5 +130,5 @@ def _loaded(model: Any, options: TextGenerationOptions, say: Say) -> Any:
             f"--init-adapter {folder}: does not fit {options.origin}: {problem}",
             f"give the base that it was trained on; it names {base}",
         )
-    say(f"going on from the adapter {folder}: rank {config.r}, trained on {base}")
+    say(f"continuing from the adapter {folder}: rank {config.r}, trained on {base}")
     return adapted

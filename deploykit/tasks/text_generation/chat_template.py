@@ -108,7 +108,7 @@ def read_template(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--chat-template {name}: neither {' nor '.join(BUILT_IN)}, and no file that can be read: {error}",
+            f"--chat-template {name}: neither {' nor '.join(BUILT_IN)}, nor a readable file: {error}",
             "give one of these names, or a Jinja file",
         ) from error
 

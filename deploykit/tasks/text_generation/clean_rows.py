@@ -182,7 +182,7 @@ def split_rows(
         parts[place] += groups[key]
     if not parts["train"] or any(count and not parts[name] for name, count in wanted.items()):
         raise DataError(
-            f"{len(rows)} rows ({len(groups)} without near duplicates) are too few for training and what is held out",
+            f"{len(rows)} rows ({len(groups)} without near duplicates) are too few for training, validation and test",
             "give more rows, or files of their own for --validation and --test",
         )
     return parts["train"], parts["validation"], parts["test"]

@@ -88,14 +88,14 @@ def check_teacher(teacher: str, tokenizer: Any, facts: TextGeneration, max_lengt
     path = Path(teacher)
     if path.is_dir() and any(path.glob("*.onnx")):
         raise UsageError(
-            f"--teacher {teacher} is an export, and the teacher of a language model gives probabilities of all tokens",
+            f"--teacher {teacher} is an export, but the teacher of a language model must return probabilities of all tokens",
             "give its checkpoint",
         )
     check_source(teacher, facts.name)
     config, _ = load_base_config(teacher)
     if load_base_tokenizer(teacher).get_vocab() != tokenizer.get_vocab():
         raise UsageError(
-            f"--teacher {teacher} has another vocabulary than the student, and is compared token by token",
+            f"--teacher {teacher} has another vocabulary than the student, but is compared token by token",
             "give a teacher of the same family, fine-tuned with the same --chat-template",
         )
     limit = getattr(config, "max_position_embeddings", None) or max_length

@@ -91,7 +91,7 @@ class ChatTokenizer:
             return self._prompt_ids(messages)
         chat = self._chat()
         if tools and "tools" not in chat.source:
-            raise DataError("tools are given, and the model's chat template does not write them", "leave them out")
+            raise DataError("tools are given, but the model's chat template does not write them", "leave them out")
         text = chat.render(messages, add_generation_prompt=True, tools=tools)
         return self._prompt_ids(text, add_special_tokens=False)
 

@@ -41,7 +41,7 @@ class AnsweredPrompt:
         else:
             if not isinstance(generator, LocalGenerator):
                 raise UsageError(
-                    "a served model explains its own answers alone", "leave out --answer, or give the export"
+                    "a served model explains only its own answers", "leave out --answer, or give the export"
                 )
             ids = generator.tokenizer.tokenizer.encode(answer, add_special_tokens=False).ids
             self.answer, self._ids = answer, list(ids)
@@ -50,7 +50,7 @@ class AnsweredPrompt:
                     f"prompt and answer do not fit {generator.task.max_length:,} tokens", "give shorter ones"
                 )
         if not self._ids or is_blank(self.answer):
-            raise DataError("the answer is empty, so there is none to explain", "give another prompt")
+            raise DataError("the answer is empty, so there is nothing to explain", "give another prompt")
 
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
         prompts = [self._prompt(words) for words in removed]
@@ -80,7 +80,7 @@ class DifferentiablePrompt(AnsweredPrompt):
         rendered, ids, places = generator.tokenizer.placed(self._prompt(()))
         begin = rendered.find(self.text)
         if begin < 0:
-            raise UsageError("the chat template changes the prompt, so its tokens have no place", "take occlusion")
+            raise UsageError("the chat template changes the prompt, so its tokens cannot be located", "take occlusion")
         tokens = [(a - begin, b - begin) for a, b in places]
         answer = torch.tensor(self._ids)
         embed = generator.torch_model.get_input_embeddings()

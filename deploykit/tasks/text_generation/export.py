@@ -78,7 +78,7 @@ def write(
     if options.trt is not None:
         raise UsageError(f"--trt is not for language models, and {checkpoint} is one", "leave it out")
     if options.calibrates and not options.int8:
-        raise UsageError(f"options of calibration are for INT8, and {checkpoint} is exported without", "add --int8")
+        raise UsageError("calibration options are for INT8, and --int8 is missing", "add --int8")
     reference = TorchGenerator.load(checkpoint)
     if options.gguf:
         check_gguf(reference.torch_model.config, str(checkpoint))
@@ -295,12 +295,12 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
     parity = Parity(len(some.rows), difference, tokens, equal, ties)
     say(
         f"parity with PyTorch: logits differ by at most {difference:.1e} of the largest; {equal:,} of {tokens:,} greedy "
-        f"tokens equal ({ties} answers part at a tie)"
+        f"tokens equal ({ties} answers differ from a tie on)"
     )
     if not difference <= _LOGIT_DIFFERENCE or equal < tokens:
         raise ExportError(
             f"the graph differs from PyTorch: logits by {difference:.1e} of the largest, {tokens - equal} of {tokens} tokens",
-            "this architecture is not exported right: report the checkpoint",
+            "this architecture does not export faithfully: report the checkpoint",
         )
     return parity
 

@@ -54,10 +54,10 @@ class Grammars:
         try:
             key = name, json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise UsageError(f"{name} is no JSON: {error}", "give an object of JSON") from error
+            raise UsageError(f"{name} is not JSON: {error}", "give an object of JSON") from error
         if len(key[1]) > _MOST_CHARS:
             raise UsageError(
-                f"{name} cannot be used: it has {len(key[1]):,} characters as JSON, the most accepted is {_MOST_CHARS:,}",
+                f"{name} cannot be used: it has {len(key[1]):,} characters as JSON, the maximum is {_MOST_CHARS:,}",
                 f"give a smaller {name}",
             )
         if key not in self._compiled:

@@ -21,9 +21,9 @@ def checked_messages(value: Any) -> list[dict[str, Any]]:
         raise DataError("messages is not a list of at least one message", _REMEDY)
     messages = [_checked(message, f"messages[{i}]") for i, message in enumerate(value)]
     if (size := sum(len(message["content"]) for message in messages)) > MAX_TEXT_CHARS:
-        raise DataError(f"messages have {size:,} characters, the most accepted is {MAX_TEXT_CHARS:,}", "shorten them")
+        raise DataError(f"messages have {size:,} characters, the maximum is {MAX_TEXT_CHARS:,}", "shorten them")
     if messages[-1]["role"] == "assistant":
-        raise DataError("messages end with one of the assistant: there is nothing to answer", _REMEDY)
+        raise DataError("the last message is the assistant's, so there is nothing to answer", _REMEDY)
     return messages
 
 
@@ -59,5 +59,5 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
 def _text_of(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise DataError(f"{where} is no text ({kind!r})", "the model reads text only")
+        raise DataError(f"{where} is not a text ({kind!r})", "the model reads text only")
     return str(part["text"])

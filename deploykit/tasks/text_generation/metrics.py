@@ -117,11 +117,11 @@ def _words(text: str) -> list[str]:
 
 
 def compiled(regex: str) -> re.Pattern[str]:
-    """Return ``--answer-regex`` as a pattern. Raises UsageError for what is no regular expression."""
+    """Return ``--answer-regex`` as a pattern. Raises UsageError for what is not a regular expression."""
     try:
         return re.compile(regex)
     except re.error as error:
-        raise UsageError(f"--answer-regex is no regular expression: {error}", "correct it") from error
+        raise UsageError(f"--answer-regex is not a regular expression: {error}", "correct it") from error
 
 
 def _rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:

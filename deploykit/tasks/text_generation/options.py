@@ -31,7 +31,7 @@ class TextGenerationOptions(FinetuneOptions):
     mixed_precision: str = "auto"
     lr_scheduler_type: str = "cosine"
     batch_tokens: int = 1024
-    packing: bool = described(True, "Put rows one after another in a batch, without padding.")
+    packing: bool = described(True, "Pack rows into batches without padding.")
     prompt_column: str | None = described(None, "Prompt column (default: detected).")
     completion_column: str | None = described(None, "Completion column (default: detected).")
     loss_on: str = described(
@@ -44,12 +44,12 @@ class TextGenerationOptions(FinetuneOptions):
     show_rows: int = described(1, "Training rows to print, supervised tokens in green.")
     lora_target_modules: str = described("all-linear", "Layers to adapt, joined by commas, or all-linear.")
     lora_dropout: float = described(0.05, "Dropout of the adapter.")
-    init_adapter: str | None = described(None, "Go on from this LoRA adapter of TARGET, a folder that peft saved.")
-    load_in_4bit: bool = described(False, "Train the adapter beside weights of 4 bits (QLoRA), on an NVIDIA GPU.")
-    use_dora: bool = described(False, "Adapt directions and magnitudes of weights separately (DoRA).")
+    init_adapter: str | None = described(None, "Start from this LoRA adapter of TARGET, a folder that peft saved.")
+    load_in_4bit: bool = described(False, "Train the adapter on top of 4-bit weights (QLoRA), on an NVIDIA GPU.")
+    use_dora: bool = described(False, "Adapt direction and magnitude of the weights separately (DoRA).")
     use_rslora: bool = described(False, "Scale an adapter by the root of its rank (rsLoRA).")
     neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
-    gradient_checkpointing: bool = described(False, "Recompute activations: less memory for more time.")
+    gradient_checkpointing: bool = described(False, "Recompute activations: less memory, but more time.")
     answer_regex: str | None = described(
         None, "Compare only the last match of this (its first group) in generated answers."
     )

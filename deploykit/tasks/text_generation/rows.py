@@ -144,7 +144,7 @@ def _columns(
     if "text" in names:
         return Columns("text", "text")
     raise DataError(
-        f"{source}: no format is recognized: {listed(names)}",
+        f"{source}: the format is not recognized: {listed(names)}",
         "name the columns messages, conversations, instruction and output, prompt and completion, or text; or give "
         "--prompt-column and --completion-column",
     )
@@ -183,7 +183,7 @@ def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]
             question = f"{question}\n\n{_text(values.get('input'))}"
         for turn in parsed_cell(values.get("history")) or ():
             if not (isinstance(turn, list) and len(turn) == 2):
-                raise ValueError("its history is no list of pairs")
+                raise ValueError("its history is not a list of pairs")
             messages += [_message("user", _text(turn[0])), _message("assistant", _text(turn[1]))]
     system = _text(values.get("system")) if columns.format in ("alpaca", "prompt+completion") else ""
     head = [_message("system", system)] if system.strip() else []
@@ -193,7 +193,7 @@ def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]
 def _messages(value: object) -> list[dict[str, Any]]:
     """Return messages in OpenAI's or ShareGPT's words."""
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise ValueError("its messages are no list of objects")
+        raise ValueError("its messages are not a list of objects")
     found = []
     for message in value:
         role = message.get("role", message.get("from"))
@@ -210,7 +210,7 @@ def _content(content: object, rest: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a message has a part that is no text")
+            raise ValueError("a message has a part that is not a text")
         return "".join(map(str, texts))
     if content is None and rest.get("tool_calls"):
         return ""

@@ -101,7 +101,7 @@ class _TextGeneration:
         return TEXT_GENERATION.substitute(values, task=quoted(record))
 
     def as_text(self, facts: TextGeneration, first: str, second: str) -> str:
-        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+        raise UsageError("the model reads one text, but two are given", "give texts, not pairs")
 
     def answer(
         self, predictor: TextGenerator, texts: Sequence[str], generation: Sampling | None = None

@@ -129,13 +129,15 @@ class TextGenerationStage:
         say(f"format: {columns.told()}")
         train_set = self.encoded(rows.splits["train"])
         for row in train_set[: options.show_rows]:
-            say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
+            say(f"a row as the model reads it, with supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
-            say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
+            say(
+                f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them in later turns"
+            )
         if joined := sum(row.joined for row in train_set):
             say(
-                f"warning: in {joined:,} rows the first token of an answer begins in the prompt, and is not learned: have the "
-                "chat template end the prompt with a token of its own, or with a line break, not with a space"
+                f"warning: in {joined:,} rows the first token of an answer begins in the prompt, and is not learned: change "
+                "the chat template so that the prompt ends with a special token or a line break, not with a space"
             )
         keep_memory()  # each token that is answered copies the caches of all rows
         model = load_base(options.origin)

@@ -234,7 +234,7 @@ class _Asked:
                 f"{name} is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
             ) from None
         if len(text) > MAX_TEXT_CHARS:
-            raise RefusedError(f"{name} has {len(text):,} characters, the most accepted is {MAX_TEXT_CHARS:,}")
+            raise RefusedError(f"{name} has {len(text):,} characters, the maximum is {MAX_TEXT_CHARS:,}")
         return text
 
     def _int_list(self, name: str) -> list[int] | None:

@@ -105,5 +105,5 @@ def _check_lines(path: Path, encoding: str) -> None:
         if not _STRING_LINE.fullmatch(line):
             raise DataError(
                 f"{path}: line {number} is malformed: no keyword and a string in double quotes",
-                'close every string, and write a quote inside one as \\"',
+                'close every string, and write a quote inside a string as \\"',
             )

@@ -49,7 +49,7 @@ class ScoredTranslation(_Text):
             encode = getattr(predictor, "encode_targets", None)
             if encode is None:
                 raise UsageError(
-                    "an export explains its own translations alone", "leave out --answer, or give the checkpoint"
+                    "an export explains only its own translations", "leave out --answer, or give the checkpoint"
                 )
             self._pieces, self._targets, self.answer = [(0, len(self.text))], encode([answer]), answer
             self._source(self.text)
@@ -66,7 +66,7 @@ class ScoredTranslation(_Text):
                 end += len(piece) + len(separator)
             self.answer = "".join(texts).strip()
         if not any(self._targets) or is_blank(self.answer):
-            raise DataError("the translation is empty, so there is none to explain", "give another text")
+            raise DataError("the translation is empty, so there is nothing to explain", "give another text")
         self._known: dict[tuple[int, str], float] = {}
 
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
@@ -122,7 +122,7 @@ class LikeTranslation(_Text):
         super().__init__(predictor, text, unit)
         self.answer = self._translate([self.text])[0]
         if is_blank(self.answer):
-            raise DataError("the translation is empty, so there is none to explain", "give another text")
+            raise DataError("the translation is empty, so there is nothing to explain", "give another text")
 
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
         texts = [without(self.text, [self.words[i] for i in words]) if words else self.text for words in removed]
@@ -146,11 +146,11 @@ def _words(text: str) -> list[str]:
 def explained_text(predictor: TextTranslator, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
     """Return a text to be explained by occlusion. Raises UsageError for gradients, and an ``answer`` of a served model."""
     if method == "gradients":
-        raise UsageError("translations are explained by occlusion", "leave out --method")
+        raise UsageError("only occlusion explains translations", "leave out --method")
     if isinstance(predictor, Translator) or hasattr(predictor, "translator"):
         return ScoredTranslation(predictor, text, answer, unit)
     if answer is not None:
         raise UsageError(
-            "a served model explains its own translations alone", "leave out --answer, or give the checkpoint"
+            "a served model explains only its own translations", "leave out --answer, or give the checkpoint"
         )
     return LikeTranslation(predictor, text, unit)

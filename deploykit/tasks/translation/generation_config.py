@@ -30,7 +30,7 @@ def read_generation(config: Any, name: str, longest: int, forced_bos: int | None
     beams = config.num_beams or 1
     if config.do_sample:
         search = "greedy search" if beams == 1 else f"{beams} beams"
-        _LOG.warning("%s: its generation config asks for sampling (do_sample); deploykit decodes by %s", name, search)
+        _LOG.warning("%s: its generation config sets sampling (do_sample); deploykit uses %s", name, search)
     most, least = config.max_length, config.min_length
     if config.max_new_tokens is not None:  # takes precedence, and does not count the start token
         most = config.max_new_tokens + 1

@@ -22,7 +22,7 @@ class TranslationOptions(FinetuneOptions):
     target_lang: str = described("", "Target language.")
     source_column: str | None = described(None, "Source column (default: detected).")
     target_column: str | None = described(None, "Target column (default: detected).")
-    from_config: str | None = described(None, "Train a new model of this size, in place of TARGET.", PRESETS)
+    from_config: str | None = described(None, "Train a new model of this size, instead of TARGET.", PRESETS)
     vocabulary: int = described(
         0, "Vocabulary size with --from-config; smaller if there is little text (default: the preset's)."
     )
@@ -35,7 +35,7 @@ class TranslationOptions(FinetuneOptions):
     teacher: str | None = None
     distill_targets: str = described(
         "replace",
-        "The teacher's translations replace the targets of the training rows, or join them as rows of their own.",
+        "Replace the targets of the training rows by the teacher's translations, or add the translations as separate rows.",
         ("replace", "join"),
     )
     student_layers: int = described(0, hidden=True)

@@ -86,8 +86,8 @@ def _check_own_search(reference: TorchTranslator, token_ids: Sequence[Sequence[i
     for a, b in zip(theirs, ours):
         if a != b:
             raise ExportError(
-                f"by its own generation config the checkpoint answers {reference.decode([a])[0]!r} ({len(a)} tokens), "
-                f"by what deploykit reads of it {reference.decode([b])[0]!r} ({len(b)} tokens)",
+                f"with its own generation config the checkpoint answers {reference.decode([a])[0]!r} ({len(a)} tokens), "
+                f"with the fields that deploykit reads from it {reference.decode([b])[0]!r} ({len(b)} tokens)",
                 "report this with the checkpoint's generation_config.json",
             )
 

@@ -281,7 +281,7 @@ def _paired_files(path: str, source: str, target: str) -> tuple[Path, Path] | No
         if missing := next((file for file in files if not file.is_file()), None):
             raise DataError(f"{missing}: no such file", "check the path")
         if len(files) != 2:
-            raise DataError(f"{path}: names {len(files)} files", "give the source's and the target's: a.txt,b.txt")
+            raise DataError(f"{path}: names {len(files)} files", "give a source and a target file: a.txt,b.txt")
         return files[0], files[1]
     prefix = Path(path)
     beside = [f for f in prefix.parent.glob(f"{_escaped(prefix.name)}.*") if f.is_file()] if prefix.name else []
@@ -310,7 +310,7 @@ def _paired_lines(source: Path, target: Path, reading: Reading) -> Iterator[RawP
     if counts[0] != counts[1]:
         raise DataError(
             f"{source} has {counts[0]:,} lines and {target} has {counts[1]:,}",
-            "line n of one must be the translation of line n of the other; find where they come apart",
+            "line n of one must be the translation of line n of the other; find the first line that does not match",
         )
 
 

@@ -101,7 +101,7 @@ class _Translation:
         return TRANSLATION.substitute(values, task=quoted(record))
 
     def as_text(self, facts: Translation, first: str, second: str) -> str:
-        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+        raise UsageError("the model reads one text, but two are given", "give texts, not pairs")
 
     def answer(
         self, predictor: TextTranslator, texts: Sequence[str], generation: Generation | None = None

@@ -46,7 +46,9 @@ def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) 
         try:
             encoding = codecs.lookup(encoding).name.removesuffix("-sig")
         except LookupError:
-            raise UsageError(f"--encoding {encoding!r} is not a known text encoding", "utf-8 or utf-16, say") from None
+            raise UsageError(
+                f"--encoding {encoding!r} is not a known text encoding", "give one such as utf-8 or utf-16"
+            ) from None
     reader = _UnitParser(path, languages, encoding)
     complete = False
     try:

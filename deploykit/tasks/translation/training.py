@@ -193,7 +193,7 @@ class TranslationStage:
         options, task = self._options, self._task
         if task.family in ("t5", "mt5"):  # one rate for all
             if options.attention_dropout is not None:
-                raise UsageError(f"a {task.family} has one dropout", "give --dropout")
+                raise UsageError(f"a {task.family} has only one dropout", "give --dropout")
             config = {} if options.dropout is None else {"dropout_rate": options.dropout}
         else:
             config = options.dropout_config(load_config(options.origin))
@@ -243,7 +243,7 @@ def _before(translator: TorchTranslator, pairs: Sequence[Pair], kept: Path, say:
     if kept.is_file():
         found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
         return found
-    say(f"translating {len(pairs):,} held-out rows, to measure the checkpoint as it is")
+    say(f"translating {len(pairs):,} held-out rows, to measure the checkpoint before training")
     translations = _translations(translator, pairs)
     with artifacts.new_file(kept) as path:
         path.write_text(json.dumps(translations, ensure_ascii=False), encoding="utf-8")

@@ -68,5 +68,5 @@ def _train(texts: Sequence[str], size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"no vocabulary can be made of the training rows: {error}", "give more rows") from error
+        raise DataError(f"no vocabulary can be built from the training rows: {error}", "give more rows") from error
     return model.getvalue()

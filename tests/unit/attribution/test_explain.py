@@ -197,7 +197,7 @@ def test_an_export_is_explained_by_occlusion_alone(tiny_export: Path) -> None:
         whole, *others = model.predictor.scores(["w1 w2 w3 w4 w5 w6 w7 w8", "w2 w3 w4 w5 w6 w7 w8"])  # type: ignore[attr-defined]
         expected = log_odds(np.float64(whole[1:2])) - log_odds(np.float64(others[0][1:2]))
         assert found[0].words[0].weight == pytest.approx(float(expected[0]), abs=1e-4)
-        with pytest.raises(UsageError, match="a checkpoint alone"):
+        with pytest.raises(UsageError, match="need a checkpoint"):
             model.explain(["w1"], method="gradients")
 
 
@@ -227,7 +227,7 @@ def test_words_of_a_prompt_weigh_by_what_the_answers_tokens_lose(tmp_path: Path)
         assert [word.text for word in own.words] == ["list the file.", "And here?"]
         assert own.answer == of_export.answer == model.predict(["list the file. And here?"])[0].text
         assert [w.weight for w in of_export.words] == pytest.approx([w.weight for w in own.words], abs=1e-2)
-        with pytest.raises(UsageError, match="a checkpoint alone"):
+        with pytest.raises(UsageError, match="need a checkpoint"):
             graph.explain(["list"], method="gradients")
         with pytest.raises(DataError, match="do not fit 256 tokens"):
             model.explain(["list"], answer="ls " * 300)
@@ -285,7 +285,7 @@ def test_words_of_a_text_weigh_by_what_its_translation_loses(
             assert found.words[1].weight == pytest.approx(logprob("Save the file.") - logprob("Save file."), abs=1e-3)
         given = model.explain([text], answer="Enregistrer le fichier.", unit="sentence")[0]
         assert (given.answer, len(given.words)) == ("Enregistrer le fichier.", 2)
-        with pytest.raises(UsageError, match="an export explains its own"):
+        with pytest.raises(UsageError, match="an export explains only its own"):
             graph.explain([text], answer="Oui")
         with pytest.raises(UsageError, match="explained by occlusion"):
             model.explain([text], method="gradients")
@@ -308,7 +308,7 @@ def test_a_translation_without_scores_is_explained_by_likeness() -> None:
     assert found.answer == "SAVE FILE NOW"
     assert found.measure == "similarity"
     assert [round(w.weight, 3) for w in found.words] == [0.2, 0.0, 0.2, 0.2]
-    with pytest.raises(UsageError, match="a served model explains its own"):
+    with pytest.raises(UsageError, match="a served model explains only its own"):
         explain_translation(Served(), "save", "SAVE", "auto", "word")  # type: ignore[arg-type]
 
 

@@ -55,5 +55,5 @@ def test_copies_name_their_row_and_keep_its_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["typos", "typos=0", "typos=2", "typo=0.1", "typos=much", ""])
 def test_a_noise_without_sense_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no noise with a rate"):
+    with pytest.raises(UsageError, match="is not a noise with a rate"):
         parse_noise(text)

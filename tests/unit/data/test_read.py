@@ -113,7 +113,7 @@ def test_json_array(tmp_path):
         ("a.json", '[{"a": 1}, 2]', "row 2 is not a JSON object"),
         ("a.parquet", b"", "cannot be read after row 0"),
         ("a.parquet", "text,label\n", "cannot be read after row 0"),
-        ("a.xlsx", b"PK\x03\x04", "is not a workbook that can be read"),
+        ("a.xlsx", b"PK\x03\x04", "is not a readable workbook"),
         ("a.ods", b"PK\x03\x04", "file type '.ods' is not supported"),
         ("a", b"text", "file type '' is not supported"),
     ],
@@ -183,7 +183,7 @@ def test_unknown_split_is_named_with_those_there_are(saved_dataset):
 
 
 def test_other_directory_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no data that is read"):
+    with pytest.raises(DataError, match="contains no data in a known format"):
         rows(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is not a saved dataset"):
@@ -213,7 +213,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
 def test_a_pipe_is_read_once_as_a_text_and_refused_as_rows(tmp_path):
     pipe = tmp_path / "rows.csv"
     os.mkfifo(pipe)
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         list(read_records(str(pipe)))
     text = "a\r\nb\n" + "€" * 20_000
     writer = threading.Thread(target=lambda: pipe.write_bytes(text.encode()))

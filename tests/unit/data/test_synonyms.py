@@ -37,10 +37,10 @@ def test_a_thesaurus_gives_synonyms_of_the_first_meaning(tmp_path: Path) -> None
     [
         ("none.txt", None, "cannot be read"),
         ("alone.txt", b"alone\n", "has no synonyms"),
-        ("binary.txt", b"\xff\xfe\x00", "is no list of synonyms"),
-        ("cut.dat", b"UTF-8\nmovie|x\n(noun)|film\n", "is no list of synonyms"),
-        ("code.dat", b"klingon\nmovie|1\n(noun)|film\n", "is no list of synonyms"),
-        ("short.dat", b"UTF-8\nmovie|1\n", "is no list of synonyms"),
+        ("binary.txt", b"\xff\xfe\x00", "is not a list of synonyms"),
+        ("cut.dat", b"UTF-8\nmovie|x\n(noun)|film\n", "is not a list of synonyms"),
+        ("code.dat", b"klingon\nmovie|1\n(noun)|film\n", "is not a list of synonyms"),
+        ("short.dat", b"UTF-8\nmovie|1\n", "is not a list of synonyms"),
     ],
 )
 def test_a_file_without_synonyms_is_refused(name: str, data: bytes | None, says: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_file_names_ranges_and_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ({"lerning_rate": [1e-5]}, "lerning_rate is no option of --task classification"),
+        ({"lerning_rate": [1e-5]}, "lerning_rate is not an option of --task classification"),
         ({"test": ["a.csv"]}, "test says which rows are read"),
         ({"text_column": ["a"]}, "text_column says which rows are read"),
         ({"learning_rate": 1e-5}, "learning_rate is 1e-05"),

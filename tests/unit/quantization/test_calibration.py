@@ -122,7 +122,7 @@ def test_a_saved_calibration_gives_the_same_ranges(tmp_path: Path) -> None:
     for method in METHODS:
         assert loaded.ranges(method) == calibration.ranges(method)
     loaded.check(["embedded", "other"])
-    with pytest.raises(ArtifactError, match="has the tensor embedded, which no linear layer"):
+    with pytest.raises(ArtifactError, match="has the tensor embedded, which is not an input"):
         loaded.check(["other"])
 
 

@@ -100,7 +100,7 @@ class NativeCausalLm:
         self._read: Logits = np.empty((1, self.vocabulary), np.float32)
         self._context = self._library.deploykit_new_causal(byref(weights.model), threads)
         if not self._context:
-            raise EngineError("there is no memory for another model", "close other programs")
+            raise EngineError("there is not enough memory for another model", "close other programs")
         self.tokens_of_a_step: int = self._library.deploykit_tokens_of_a_step(self._context)
 
     def __del__(self) -> None:
@@ -256,7 +256,9 @@ class NativeCausalLm:
             ctypes.addressof(self._rope), self._keys.ctypes.data, self._values.ctypes.data, self._longest, logits.ctypes.data,
         )  # fmt: skip
         if not self._library.deploykit_step_causal(self._context, byref(batch)):
-            raise EngineError("there is no memory for this batch", "lower --max-num-seqs, or close other programs")
+            raise EngineError(
+                "there is not enough memory for this batch", "lower --max-num-seqs, or close other programs"
+            )
 
     def _rotate(self, positions: int) -> None:
         """Compute the rotations of the first ``positions``."""

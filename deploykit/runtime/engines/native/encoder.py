@@ -42,7 +42,7 @@ class NativeEngine:
             byref(self._weights.encoder), byref(self._weights.head), threads
         )
         if not self._context:
-            raise EngineError("there is no memory for another model", "close other programs")
+            raise EngineError("there is not enough memory for another model", "close other programs")
 
     def __del__(self) -> None:
         if getattr(self, "_context", None):
@@ -67,7 +67,7 @@ class NativeEngine:
         if not self._library.deploykit_classify(
             self._context, ids.ctypes.data, places.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data
         ):
-            raise EngineError("there is no memory for this batch", "close other programs")
+            raise EngineError("there is not enough memory for this batch", "close other programs")
         if not self._weights.by_token:
             return [logits]
         padded = np.zeros((self._weights.labels, *mask.shape), np.float32)

@@ -151,7 +151,7 @@ class NativeModel:
         self._head_size = -(-w.decoder.head_size // 16) * 16
         self._context = self._library.deploykit_new(byref(w.encoder), byref(w.decoder), threads)
         if not self._context:
-            raise EngineError("there is no memory for another model", "close other programs")
+            raise EngineError("there is not enough memory for another model", "close other programs")
         self.rows = 0
         self._capacity = self._positions = 0
         self._batch, self._choice, self._greedy, self._search = _Batch(), _Selection(), _Greedy(), _Search()
@@ -401,5 +401,7 @@ class NativeModel:
     @staticmethod
     def _done(steps: int) -> int:
         if not steps:
-            raise EngineError("there is no memory for this batch", "lower --max-num-seqs, or close other programs")
+            raise EngineError(
+                "there is not enough memory for this batch", "lower --max-num-seqs, or close other programs"
+            )
         return steps

@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 Swaps = Mapping[str, Mapping[str, Sequence[str]]]
-"""Group -> its members -> the words of each; the words at one place are each other's counterparts."""
+"""Group -> its members -> the words of each; words at the same position are counterparts."""
 
 ENGLISH: Swaps = {
     "gender": {
@@ -79,7 +79,7 @@ def read_swaps(path: Path) -> Swaps:
         if len({len(one) for one in lists}) > 1:
             raise UsageError(
                 f"{path}: the lists of the group {name!r} have {', '.join(str(len(one)) for one in lists)} words",
-                "give each member as many: the words at one place are each other's counterparts",
+                "give each member as many words: words at the same position are swapped",
             )
     return {group: {member: tuple(word.lower() for word in words) for member, words in members.items()}
             for group, members in groups.items()}  # fmt: skip

@@ -120,7 +120,7 @@ class _TokenClassification:
         return texts_and_labels(source, facts, columns.get("words_column"), columns.get("label_column"), reading)
 
     def as_text(self, facts: TokenClassification, first: str, second: str) -> str:
-        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+        raise UsageError("the model reads one text, but two are given", "give texts, not pairs")
 
     def answer(self, predictor: TextTagger, texts: Sequence[str], generation: None = None) -> list[Answer]:
         from token_classification.evaluate import answers

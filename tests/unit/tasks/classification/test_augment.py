@@ -46,7 +46,7 @@ def test_a_share_of_the_words_is_what_the_model_reads(masked_model: Path) -> Non
 
 
 def test_a_classifier_is_no_masked_language_model(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no masked language model"):
+    with pytest.raises(UsageError, match="is not a masked language model"):
         MaskedWords(str(make_tiny_checkpoint(tmp_path / "m")))
 
 

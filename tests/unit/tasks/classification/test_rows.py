@@ -55,7 +55,7 @@ def test_spellings_of_one_label_are_one(tmp_path):
 
 def test_labels_are_spelled_as_the_model_does_and_that_is_said(tmp_path, caplog):
     assert labels_of(tmp_path, ["0", "TRUE", "x"], known=("0.0", "True")) == ["0.0", "True", "x"]
-    assert "labels that mean the same are one: '0' is '0.0', 'TRUE' is 'True'" in caplog.text
+    assert "labels with the same meaning were merged: '0' is '0.0', 'TRUE' is 'True'" in caplog.text
     assert labels_of(tmp_path, ["1.0", "1"], known=None) == ["1.0", "1"]
 
 
@@ -167,7 +167,7 @@ def test_an_option_for_one_value_may_not_be_repeated():
 
 def test_training_for_int8_needs_held_out_rows():
     options = ClassificationOptions(model="m", train="a", qat=True, validation_fraction=0, test_fraction=0)
-    with pytest.raises(UsageError, match="--qat measures before and after, and no rows are held out"):
+    with pytest.raises(UsageError, match="--qat measures before and after training, but no rows are held out"):
         options.check()
 
 

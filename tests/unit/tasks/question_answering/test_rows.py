@@ -335,7 +335,7 @@ def test_no_context_is_in_two_splits_and_order_does_not_matter() -> None:
 def test_too_few_contexts_cannot_be_split() -> None:
     with pytest.raises(DataError, match="2 contexts are too few"):
         split([_example("a", "1"), _example("b", "2")], validation=0.1, test=0.1, seed=0)
-    with pytest.raises(UsageError, match="no fractions"):
+    with pytest.raises(UsageError, match="do not leave rows"):
         split([_example("a", "1")], validation=0.6, test=0.5, seed=0)
 
 

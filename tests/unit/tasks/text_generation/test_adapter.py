@@ -115,5 +115,5 @@ def test_a_folder_that_holds_no_lora_adapter_is_refused(adapter: Path, tmp_path:
         read_adapter(options(tmp_path))
     refused("has no adapter_model.safetensors", own)
     (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    refused("holds whole modules", {**own, "modules_to_save": ["embed_tokens"]})
+    refused("contains whole modules", {**own, "modules_to_save": ["embed_tokens"]})
     refused("adapter of type IA3", {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []})

@@ -251,7 +251,7 @@ def test_a_text_file_has_paragraphs_or_lines(content: str, documents: dict[str, 
 
 def test_named_columns_and_an_unknown_format(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"ask": "a", "say": "b"})
-    with pytest.raises(DataError, match="no format is recognized: its columns are 'ask', 'say'"):
+    with pytest.raises(DataError, match="the format is not recognized: its columns are 'ask', 'say'"):
         load_rows(path)
     with pytest.raises(UsageError, match="--completion-column is missing"):
         load_rows(path, prompt_column="ask")
@@ -308,7 +308,7 @@ def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Pat
     assert kept[0].tools == ({"type": "function"},)
     assert (report.unreadable, report.wrong_role_order) == (4, 1)
     told = "\n".join(report.lines())
-    assert "4 dropped: of a wrong form (the first is rows.jsonl:3: a message has a part that is no text)" in told
+    assert "4 dropped: of a wrong form (the first is rows.jsonl:3: a message has a part that is not a text)" in told
     assert "(the first is rows.jsonl:6: unknown role 'narrator')" in told
 
 
