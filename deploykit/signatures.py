@@ -1,6 +1,6 @@
 """Sign files and folders, and verify their signatures, with OpenSSF's model-signing and a key pair; offline.
 
-The signature of a file is FILE.sig beside it, that of a folder is model.sig in it. It holds the SHA-256 of each file, so
+The signature of a file is FILE.sig next to it; that of a folder is model.sig in it. It contains the SHA-256 of each file, so
 that ``model_signing sign key`` and ``model_signing verify key`` read and write the same.
 """
 
@@ -49,7 +49,7 @@ def verify_signature(target: Path, public_key: Path, *, remedy: str | None = Non
     """Verify that the owner of a key signed a file, or every file of a folder, and that none was added or removed.
 
     ``public_key`` is a PEM file. Raises MissingDependencyError; UsageError for a key that cannot be used; ArtifactError,
-    with ``remedy``, naming the file that is not as it was signed.
+    with ``remedy``, naming the file that differs from the signed one.
     """
     _, _, verifying = _model_signing()
     signature = signature_of(target)
@@ -69,7 +69,7 @@ def verify_signature(target: Path, public_key: Path, *, remedy: str | None = Non
 
 
 def _refusal(target: Path, signature: Path, public_key: Path, error: Exception) -> str:
-    """Return what is wrong, in one line."""
+    """Return a library's error in one line."""
     said = str(error).replace("\\'", "'")
     if changed := re.search(r"Hash mismatch for '(.+?)': Expected", said):
         return f"{target / changed[1]}: was changed after it was signed"

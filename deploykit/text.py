@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_TEXT_CHARS = 1_000_000
-"""Longest text that is accepted: tokenizing a longer one would delay other requests, and no model reads all of it."""
+"""Maximum characters of a text: tokenizing a longer text would delay other requests, and no model reads all of it."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

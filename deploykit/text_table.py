@@ -26,5 +26,5 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collect
 
 
 def stacked(texts: Mapping[str, str]) -> str:
-    """Return texts one below another, each under its name; a name that is empty is left out."""
+    """Return texts one below the other, each under its name; an empty name is left out."""
     return "\n\n".join(f"{name}\n{text}" if name else text for name, text in texts.items())

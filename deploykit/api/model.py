@@ -104,7 +104,7 @@ class Model:
         answer: str | None = None,
         unit: Literal["word", "sentence"] = "word",
     ) -> list[Explanation]:
-        """Say which words the answers to texts come from.
+        """Explain which words led to the answers to texts.
 
         Args:
             texts: As ``predict`` takes them.
@@ -117,7 +117,7 @@ class Model:
             An explanation for each text, with the weight of each word, and a check by deletion for the first 50.
 
         Raises:
-            UsageError: The model's task has no explanations, or ``method`` or ``answer`` does not fit it.
+            UsageError: The model's task cannot be explained, or ``method`` or ``answer`` does not fit it.
             DataError: The model refuses a text.
         """
         from deploykit.stages.explain import explain_texts
@@ -129,7 +129,7 @@ class Model:
         return explain_texts(self.predictor, asked, method=method, answer=answer, unit=unit)
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **generation: Any) -> Iterator[str]:
-        """Answer one prompt piece by piece; joined, the pieces are the answer.
+        """Answer one prompt as a stream of pieces; the joined pieces are the answer.
 
         Args:
             prompt: A text (the user's message, if the model has a chat template), or messages:
@@ -138,7 +138,7 @@ class Model:
 
         Raises:
             DataError: The prompt is too long, or its messages are malformed.
-            UsageError: An option of ``generation`` is unknown, or the model is no language model.
+            UsageError: An option of ``generation`` is unknown, or the model is not a language model.
         """
         stream = getattr(self.predictor, "stream", None)
         if stream is None:
@@ -181,7 +181,7 @@ class Model:
             ``metrics`` by name, and the number of ``rows``; ``problems`` names each row that was skipped, and says why.
 
         Raises:
-            DataError: The rows cannot be read, or have an answer that the model does not know.
+            DataError: The rows cannot be read, or have a label that the model does not know.
         """
         from deploykit.training.options import fit_multiple
 

@@ -84,7 +84,7 @@ class Server:
         return self._server.models
 
     def load(self, name: str) -> Model:
-        """Connect to one of the ``models``. It is closed when the block ends, at the latest."""
+        """Connect to one of the ``models``. The connection is closed when the block ends, or earlier."""
         model = load(name, url=self.url)
         self._loaded.append(model)
         return model

@@ -1,4 +1,4 @@
-"""The stages that write something: fine-tune, export, package."""
+"""The stages that write a folder: fine-tune, export, package."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def finetune(
     """Fine-tune a Hugging Face checkpoint on labelled rows, and write it to ``output_dir``.
 
     A run with the same inputs as an earlier one is reused. A killed run is continued, unless ``restart`` is set. With
-    ``search=20`` that many runs are trained with other options each, and the best one is written.
+    ``search=20``, 20 runs are trained, each with other options, and the best one is written.
 
     Args:
         model: Folder of a checkpoint, or a hub id. None for ``from_config``, which trains a new model.
         train: File of rows, folder of a dataset, or a hub id. With ``qat``, by default the rows of the run ``model``.
         output_dir: Folder to write the checkpoint to.
         task: One of the names that ``deploykit finetune --help`` lists. Default: the first of them.
-        validation: Rows that the best step is chosen by. Default: split off ``train``.
-        test: Rows that the result is measured on. Default: split off ``train``.
+        validation: Rows for choosing the best step. Default: split off ``train``.
+        test: Rows for measuring the result. Default: split off ``train``.
         force: Replace existing content of ``output_dir``.
         restart: Start over instead of continuing a killed run.
-        folds: Also cross-validate: train on all folds of the rows but one, that often. The result has ``folds``.
+        folds: Also cross-validate: train that many times, each time on all folds except one. The result has ``folds``.
         learning_curve: Also train on 10 to 75 % of the rows. The result has ``learning_curve``.
-        processes: Train in so many processes that share each batch.
+        processes: Number of processes that share each batch.
         progress: Called with each message, a line.
         **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title",
         "body")``.

@@ -1,4 +1,4 @@
-"""The texts that a command is asked about, and what it tells of those that failed."""
+"""Read the texts of a command, and report those that failed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_asked(
 
 
 def failed_rows(problems: Sequence[str]) -> int:
-    """Report rows that failed on stderr, a line each, the first of many. Returns the exit code."""
+    """Report failed rows on stderr, one line each, up to a limit. Returns the exit code."""
     for problem in problems[:_REPORTED]:
         say(problem)
     if len(problems) > _REPORTED:
@@ -47,12 +47,12 @@ def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: st
 
 
 def answered_record(output: str, done: Answered) -> dict[str, Any]:
-    """Return what --json tells of a file of answers."""
+    """Return the object that --json prints for a file of answers."""
     return {"output": output, "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
 
 
 def answered_text(output: str, done: Answered, failed: str) -> str:
-    """Return the same as a line for a terminal; ``failed`` says what rows with an error could not be."""
+    """Return the same as a line for a terminal; ``failed`` is the word for rows with an error."""
     text = f"{output}: {done.rows:,} rows"
     if done.resumed:
         text += f", {done.resumed:,} of them from the run before"

@@ -137,7 +137,7 @@ def command(
 
 
 def _compare(old: Path, new: Path) -> Result:
-    """Run ``deploykit compare``, which once was an option of this command."""
+    """Run ``deploykit compare``, which was an option of this command in earlier versions."""
     from deploykit.cli.compare import compare_files
 
     context = click.get_current_context()

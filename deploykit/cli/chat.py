@@ -75,7 +75,7 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
 
 
 def _answered(generator: TextGenerator, asked: list[dict[str, str]], sampling: Any, out: TextIO) -> str | None:
-    """Write an answer as it comes, up to Ctrl-C, and return it. Return None where there is none: after Ctrl-C, or an error,
+    """Write an answer as it arrives, until Ctrl-C, and return it. Return None after Ctrl-C, or after an error,
     which is shown."""
     pieces: list[str] = []
     stopped = False

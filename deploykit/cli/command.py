@@ -81,7 +81,7 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
 
 @contextlib.contextmanager
 def _short_thread_errors(short: bool) -> Iterator[None]:
-    """Report in one line what ends a thread: a library's, such as the one that writes TensorBoard's file."""
+    """Report in one line the exception that ended a thread of a library, such as the one that writes TensorBoard's file."""
     before = threading.excepthook
     if short:
         threading.excepthook = lambda failed: click.echo(
@@ -108,7 +108,7 @@ def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) ->
 
 
 class Option(click.Option):
-    """An option that also answers to ``aliases``, its earlier names, which --help does not show."""
+    """An option that also accepts ``aliases``, its earlier names, which --help does not show."""
 
     def __init__(self, *arguments: Any, aliases: Sequence[str] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
@@ -124,7 +124,7 @@ class Option(click.Option):
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
-    """Declare an option as ``click.option`` does, with one attribute more: ``aliases``, names that --help does not show."""
+    """Declare an option as ``click.option`` does, and add ``aliases``, names that --help does not show."""
     return click.option(*names, cls=Option, **attributes)
 
 

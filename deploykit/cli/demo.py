@@ -14,7 +14,7 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
             "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
 _ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
-"""Recipe -> rows that two cores train on in some minutes; 0: all of them."""
+"""Recipe -> number of rows that two cores train on in a few minutes; 0: all rows."""
 
 
 @deploykit_command(help="Run all stages on real data, to a measured INT8 classifier, translator or language model.")

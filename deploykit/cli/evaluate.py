@@ -171,7 +171,7 @@ def _differences_text(differences: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _check_same_rows(target: str, done: Evaluation, baseline: str, base: Evaluation) -> None:
-    """Raise DataError if a row was skipped for one model alone."""
+    """Raise DataError if a row was skipped for only one of the models."""
     skipped = [{problem.partition(": ")[0] for problem in one.problems} for one in (done, base)]
     if differing := sorted(skipped[0] ^ skipped[1]):
         raise DataError(

@@ -146,7 +146,7 @@ def command(
 
 
 def _split_targets(targets: tuple[str, ...], gpu: str | None, language: str | None) -> tuple[str | None, str | None]:
-    """Return the GPU and the language, each given by its option or by --target, which once stood for both."""
+    """Return the GPU and the language, each from its own option or from --target, the earlier name of both."""
     gpus = [target for target in targets if re.fullmatch(GPU, target)] + ([gpu] if gpu else [])
     languages = [target for target in targets if target not in gpus] + ([language] if language else [])
     if max(len(gpus), len(languages)) > 1:

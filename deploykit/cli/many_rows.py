@@ -35,7 +35,7 @@ OUTPUT = click.option(
 
 @contextlib.contextmanager
 def _spread_over(ray: str | None, target: str, where: Mapping[str, Any], identity: str) -> Iterator[Spread | None]:
-    """Yield what spreads rows over a Ray cluster, or None where ``ray`` is not given."""
+    """Yield a function that spreads rows over a Ray cluster, or None without ``ray``."""
     if ray is None:
         yield None
         return
@@ -58,7 +58,7 @@ def answer_all(
     """Answer a file, or each file of a folder or bucket if ``output`` is one too.
 
     ``answer`` takes the predictor, a source and a file to write, and ``identity``, ``reading``, ``force``, ``progress`` and
-    ``spread``. ``of_answers`` are what else the answers depend on, ``rows`` what the progress counts.
+    ``spread``. ``of_answers`` are the other settings that determine the answers; ``rows`` is what the progress counts.
     """
     from deploykit.data.answer_folder import answer_folder, is_folder
     from deploykit.tasks.opening import identity_of

@@ -246,7 +246,7 @@ def _front(
 
 
 def _import_front() -> None:
-    """Import what serves the OpenAI port: it takes as long as Triton's start, so it is done beside it."""
+    """Import the code of the OpenAI port. It takes as long as Triton's start, so both run at the same time."""
     from deploykit.openai import app, server, triton_generator, triton_routes  # noqa: F401
 
 

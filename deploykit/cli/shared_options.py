@@ -148,7 +148,7 @@ def reading_fields(function: Callable[..., Result], on_error: str = "stop") -> C
 
 
 def reading_options(*, on_error: str = "stop") -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Add the same options, and pass them as one ``Reading``. Stands above ``column_options``, which passes ``columns``."""
+    """Add the same options, and pass them as one ``Reading``. Use it above ``column_options``, which passes ``columns``."""
 
     def declare(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
@@ -175,9 +175,9 @@ _COLUMNS: Mapping[str, Mapping[str, Any]] = {
 def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Add the options that name the columns of a data file, of every task; they come as ``columns``.
 
-    Other options that a task has in its ``columns`` are those of ``evaluate`` alone, which declares them.
+    ``evaluate`` alone has the other options of a task's ``columns``, and declares them itself.
 
-    With ``inputs_only``, those of the texts alone, for a command that reads no right answers.
+    With ``inputs_only``, add only the columns of the texts, for a command that reads no right answers.
     """
     from deploykit.tasks.registry import get_task, task_names
 
@@ -219,7 +219,7 @@ def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def with_calibration(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options, with --calibration, an earlier one for three, as the one that it means."""
+    """Return the options, with --calibration, an earlier name of three options, replaced by the option that it means."""
     from deploykit.graphs.export_options import SPLITS
     from deploykit.quantization.calibration import is_saved
 

@@ -69,7 +69,7 @@ def _screen() -> Iterator[Callable[[str], None]]:
 
 
 def _known(load: ModelLoad) -> dict[str, Any]:
-    """Return the fields for JSON: None for what is not known."""
+    """Return the fields for JSON, with None for unknown values."""
     fields = dataclasses.asdict(load).items()
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields}
 

@@ -98,7 +98,7 @@ def answer_file(
 
 
 def in_process(model: Any) -> Spread:
-    """Return what answers each part with ``model`` in this process."""
+    """Return a function that answers each part with ``model`` in this process."""
     return lambda function, parts: (function(model, part) for part in parts)
 
 
@@ -117,7 +117,7 @@ def _count(rows: Iterable[Any], *, stop: bool) -> int:
 
 
 def _check_others(out: Path, own: Path, *, force: bool) -> None:
-    """Let no two runs of different models, rows or options answer for one file."""
+    """Refuse to continue a file that was begun with another model, other rows or other options."""
     for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
         if other == own:
             continue
@@ -153,7 +153,7 @@ def _appending(partial: Path) -> Iterator[tuple[Any, Answered]]:
 
 
 def read_answered(lines: Iterable[bytes]) -> Answered:
-    """Return what a file of answers contains, all of it resumed."""
+    """Return the counts of a finished file of answers; all rows count as resumed."""
     rows = 0
     problems = []
     for line in lines:

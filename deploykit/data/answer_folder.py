@@ -25,7 +25,7 @@ def answer_folder(source: str, output: str, answer: Answer, *, settings: str, fo
     """Write the answers to each file NAME below ``source`` to NAME.jsonl below ``output``.
 
     Both are folders, or URLs that fsspec knows, such as s3://BUCKET/FOLDER, whose files are copied to this machine one at a
-    time. Files whose names begin with "." or "_" are none of rows. A file that an earlier run with the same ``settings``
+    time. Files whose names begin with "." or "_" are skipped. A file that an earlier run with the same ``settings``
     (all that determines answers but the rows) has written is kept, if its rows are still the same file.
 
     Raises ArtifactError if ``output`` has the answers of another run, unless ``force`` is set; DataError if there are no
@@ -62,7 +62,7 @@ def answer_folder(source: str, output: str, answer: Answer, *, settings: str, fo
 
 
 def _answer_copy(files: Any, source: str, written: Any, out: PurePosixPath, answer: Answer) -> Answered:
-    """Answer the rows of a file that may have to be copied to this machine, and its answers from it."""
+    """Answer the rows of a file; copy a remote file to this machine first, and its answers back."""
     with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
         local, answers = Path(source), Path(out)
         if not _is_local(files):

@@ -1,4 +1,4 @@
-"""Write answers beside the columns of the rows that they answer, as CSV, TSV or Parquet."""
+"""Write answers next to the columns of their rows, as CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = Callable[[], Iterable[Mapping[str, object]]]
 
 
 def write_table(answers: Path, rows: Rows, out: Path, columns: Sequence[str]) -> None:
-    """Write the answers of a file of JSON lines to the table ``out``, each beside the columns of its row.
+    """Write the answers of a file of JSON lines to the table ``out``, each next to the columns of its row.
 
     An answer column whose name the rows already have is called "predicted_NAME". Values other than text and numbers,
     such as the scores of all labels, are written as JSON. ``rows`` returns the rows, one for each line, each time it is

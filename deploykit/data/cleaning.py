@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 Counted = Iterable[tuple[int, str]]
-"""Numbers of rows, each with what happened to them."""
+"""Numbers of rows, each with the reason or step that it counts."""
 
 
 def cleaning_lines(read: int, dropped: Counted, changed: Counted, kept: int) -> list[str]:

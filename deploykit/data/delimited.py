@@ -95,7 +95,7 @@ def read_delimited(path: Path, reading: Reading = AS_FOUND) -> Iterator[Record]:
 
 
 def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
-    """Find what ``reading`` does not say of the layout of a delimited file, from all of its rows.
+    """Find the parts of a delimited file's layout that ``reading`` does not specify, from all of its rows.
 
     Raises DataError for a file without a header, or a header that names a column twice; UsageError for column names
     that are not as many as the fields. Malformed rows are reported when they are read.
@@ -238,7 +238,7 @@ def _doubled(line: str) -> str:
 
 
 def _scan(path: Path, encoding: str | None, layout: Layout) -> Layout | None:
-    """Return the counts of a layout; None if a row does not fit it."""
+    """Return the counts of a layout; None if a row has another number of fields."""
     rows = spanning = first_spanning = beyond = headers = 0
     width = len(layout.columns)
     try:

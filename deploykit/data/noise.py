@@ -1,4 +1,4 @@
-"""Write texts as people and keyboards do: with typos, in another case, with other punctuation, words swapped or lost."""
+"""Add noise to texts, as people and keyboards do: typos, another case, other punctuation, words swapped or lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open text files of any encoding, compressed or not, with strict decoding and errors that name the place."""
+"""Open text files of any encoding, compressed or not, with strict decoding and errors that name the position."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _lines(path: Path, encoding: str | None, newline: str | None) -> Iterator[st
 
 
 def read_text(path: Path, encoding: str | None) -> str:
-    """Return a whole text file, or what comes from a pipe, with the line ends that it has. Raises as ``read_lines``."""
+    """Return the whole text of a file or a pipe, with its own line ends. Raises as ``read_lines``."""
     return "".join(_lines(path, encoding, ""))
 
 
@@ -183,7 +183,7 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def is_git_lfs_pointer(path: Path) -> bool:
-    """Return whether a file is what Git leaves in the place of one that Git LFS stores, until ``git lfs pull``."""
+    """Return whether a file is a Git LFS pointer, which Git leaves in place of the file until ``git lfs pull``."""
     with path.open("rb") as file:
         return file.read(len(_GIT_LFS)) == _GIT_LFS
 

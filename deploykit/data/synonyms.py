@@ -1,4 +1,4 @@
-"""Replace words of a text by words that mean the same, from a list."""
+"""Replace words of a text by synonyms from a list."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from random import Random
 from deploykit.errors import DataError, first_line
 
 Synonyms = Mapping[str, Sequence[str]]
-"""A word in lower case -> words in its place."""
+"""A word in lower case -> its synonyms."""
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _SHORTEST = 4
-"""Letters of a word that a thesaurus replaces: it knows "a" as the ångström and "I" as iodine."""
+"""Least letters of a word that a thesaurus replaces, because it lists "a" as the ångström and "I" as iodine."""
 
 
 def words_of(text: str) -> list[re.Match[str]]:
@@ -23,7 +23,7 @@ def words_of(text: str) -> list[re.Match[str]]:
 
 
 def with_words(text: str, replaced: Iterable[tuple[re.Match[str], str]]) -> str:
-    """Return a text with other words in the place of some, in the case of those."""
+    """Return a text with some words replaced, in the case of the original words."""
     parts, end = [], 0
     for word, other in replaced:
         parts += [text[end : word.start()], _in_case(word.group(), other)]
@@ -46,8 +46,8 @@ def replace_words(text: str, rate: float, random: Random, synonyms: Synonyms) ->
 def read_synonyms(path: Path) -> Synonyms:
     """Read a list, or a thesaurus of MyThes, whose name ends in .dat. Raises DataError.
 
-    A line of a list has words that may stand for each other, with commas between. Of a thesaurus count the synonyms of a
-    word's first meaning, without those that it calls more general, antonyms and the like.
+    A line of a list has interchangeable words, separated by commas. From a thesaurus, only the synonyms of a
+    word's first meaning are used, without the words that it marks as more general, antonyms and so on.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Read texts from any file: which columns they are in, and one row at a time."""
+"""Read texts from any file: find their columns, and yield one row at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ROWS_FOR_COLUMNS = 100
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to predict; None with a ``problem`` if the row has none. An empty text is one."""
+    """A text to predict; None with a ``problem`` if the row has no text. An empty text is a text."""
 
     origin: str
     text: str | None
@@ -104,7 +104,7 @@ def trained_columns(
 
 
 def row_columns(source: str, reading: Reading) -> Iterator[Mapping[str, object]]:
-    """Yield the columns of each row that ``read_texts`` gives; of a .txt file, the text alone."""
+    """Yield the columns of each row that ``read_texts`` yields; for a .txt file, only the text."""
     if is_text_file(source):
         yield from ({"text": line} for _, line in text_lines(source, reading))
     else:
@@ -157,7 +157,7 @@ def _text_row(origin: str, text: str | None) -> TextRow:
 
 
 def joined(record: Record, columns: Sequence[str], separator: str) -> str | None:
-    """Return the texts of ``columns`` as one; None where all are missing, or one is no text."""
+    """Return the texts of ``columns`` as one; None if all are missing, or one is not a text."""
     if any(is_composite(record.values.get(column)) for column in columns):
         return None
     present = [text for column in columns if (text := scalar(record.values.get(column))) is not None]
@@ -165,7 +165,7 @@ def joined(record: Record, columns: Sequence[str], separator: str) -> str | None
 
 
 def is_composite(value: object) -> bool:
-    """Return whether a cell holds several values, and so is no text."""
+    """Return whether a cell contains several values, and so is not a text."""
     return isinstance(value, list | tuple | Mapping)
 
 
