@@ -52,7 +52,7 @@ class Call:
 
     @property
     def seconds(self) -> float:
-        """Time since the request came."""
+        """Time since the request arrived."""
         return time.monotonic() - self.began
 
     async def counted(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:

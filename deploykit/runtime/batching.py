@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 
 DEFAULT_TOKEN_BUDGET = 512
-"""Padded tokens of a batch. On a CPU as fast as larger budgets, with fewer shapes and so less memory (measured from
+"""Padded tokens of a batch. On a CPU this is as fast as larger budgets, with fewer shapes and so less memory (measured from
 256 to 2048)."""
 
 
@@ -80,7 +80,7 @@ def padded_types(
 
 
 def _place(tokens: int, length: int, pad_left: bool) -> slice:
-    """Return the columns of a text of so many tokens, padded to ``length``."""
+    """Return the columns of a text of a number of tokens, padded to ``length``."""
     return slice(length - tokens, length) if pad_left else slice(tokens)
 
 

@@ -1,4 +1,4 @@
-"""The part of NVIDIA's driver that an engine needs: a GPU, device and host memory, a stream, CUDA graphs.
+"""Call NVIDIA's driver: a GPU, device and host memory, a stream, CUDA graphs.
 
 ctypes calls the driver's own library, which is present wherever a GPU can be used and stays compatible between
 releases. Packages that wrap it (cuda-bindings, CuPy) must match the machine's CUDA release, on a Jetson JetPack's; two

@@ -34,7 +34,7 @@ class Unit(Protocol):
 
 
 class UnitDecoder(Protocol):
-    """The part of a decoder that the loop knows. ``tokens``: number of those generated."""
+    """The part of a decoder that the loop uses. ``tokens``: number of generated tokens."""
 
     max_rows: int
     tokens: int
@@ -51,13 +51,13 @@ class UnitDecoder(Protocol):
 
     @property
     def cache_use(self) -> float:
-        """Share of the key-value caches that the running units may come to need, 0 to 1."""
+        """Share of the key-value caches that the running units may need at most, 0 to 1."""
 
     def add(self, unit: Any) -> None:
         """Append a unit to the waiting ones."""
 
     def step(self) -> Sequence[Any]:
-        """Let units join, decode one or more tokens of each, and return those that are done."""
+        """Let units join, decode one or more tokens of each unit, and return the finished units."""
 
 
 class Decoding(Protocol):
@@ -86,7 +86,7 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Rows in the decoder, or its sentences, and units in the queue; tokens generated and requests cancelled since the
+    """Rows (or sentences) in the decoder, and units in the queue; tokens generated and requests cancelled since the
     loop began; the share of the key-value caches in use."""
 
     running: int

@@ -1,4 +1,4 @@
-"""Search parameters of a sequence, and which of them a request may change."""
+"""Define the search parameters of a sequence, and those that a request may change."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PARAMETERS = (
 )
 """Request parameters and command line options. The other fields of ``Generation`` come from the checkpoint."""
 RENAMED = {"beam_size": "num_beams"}
-"""Earlier names of parameters, which clients may still send, and those of today."""
+"""Earlier names of parameters, which clients may still send -> current names."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The fields of a Hugging Face generation config that deploykit decodes by.
+    """The fields of a Hugging Face generation config that deploykit's decoding supports.
 
     ``max_length`` and ``min_length`` count target tokens as Hugging Face does, with the start token. ``bad_words`` are
     token sequences that must not be completed; ``suppressed`` are tokens that must not occur. ``renormalize``:

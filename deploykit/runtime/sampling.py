@@ -1,4 +1,4 @@
-"""Sample the next token of an answer with numpy, by the options of a request.
+"""Sample the next token of an answer with numpy, with the options of a request.
 
 The order of the rules is that of Hugging Face's ``generate``: logit bias, penalties, tokens that cannot come next, and
 the rules of ``token_distribution``.
@@ -36,7 +36,7 @@ class Sampling:
     logits of tokens in the prompt or the answer, and multiplies the negative ones. ``presence_penalty`` and
     ``frequency_penalty`` are subtracted from the logits of tokens in the answer, once and once per occurrence.
     ``stop``: texts that end an answer, and are cut off; ``stop_token_ids``: tokens that end it as the model's own end
-    tokens do, which ``ignore_eos`` does not heed. Among the first ``min_new_tokens`` none of these ends it.
+    tokens do, even with ``ignore_eos``. Within the first ``min_new_tokens`` none of these ends the answer.
     ``num_beams`` above 1 is beam search, with ``length_penalty`` and ``early_stopping`` as Hugging Face defines them.
     ``n``: answers to each prompt, the likeliest per token of ``best_of`` if that is given. ``logprobs``: number of
     likeliest tokens to report at each position, besides the chosen one; None reports nothing.
@@ -80,7 +80,7 @@ class Sampling:
         return cls(**{**record, **lists, "logit_bias": bias})
 
     def parameters(self, default: Sampling) -> dict[str, Any]:
-        """Return what ``override`` makes of ``default`` this: the values that differ, as JSON has them."""
+        """Return the values that differ from ``default``, as JSON, for ``override``."""
         own = dataclasses.asdict(default)
         given = {name: value for name, value in dataclasses.asdict(self).items() if value != own[name]}
         if "logit_bias" in given:
@@ -89,16 +89,16 @@ class Sampling:
 
     @property
     def candidates(self) -> int:
-        """Rows that a prompt takes: the answers to generate, of which ``n`` are kept, or the beams."""
+        """Number of rows of a prompt: the answers to generate, of which ``n`` are kept, or the beams."""
         return max(self.n, self.best_of or 0, self.num_beams)
 
     @property
     def structure(self) -> str | None:
-        """Which of ``STRUCTURES`` an answer has to match. The JSON schema {} is one: any JSON value fits."""
+        """Names of ``STRUCTURES`` that constrain the answer. The JSON schema {} is a constraint: any JSON value matches."""
         return next((name for name in STRUCTURES if getattr(self, name) not in (None, ())), None)
 
     def check_tokens(self, vocabulary: int) -> None:
-        """Raise UsageError for a token id that a model with so many tokens does not have."""
+        """Raise UsageError for a token id that is not in the model's ``vocabulary``."""
         for name, ids in (
             ("logit_bias", [token for token, _ in self.logit_bias]),
             ("stop_token_ids", self.stop_token_ids),
@@ -141,7 +141,7 @@ ALIASES: Mapping[str, str] = {
 }
 """Names of vLLM and OpenAI -> Hugging Face's."""
 STRUCTURES = ("json_schema", "regex", "choice", "grammar")
-"""Parameters that an answer has to match: one at most."""
+"""Parameters that constrain an answer; a request has at most one of them."""
 
 
 def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
@@ -173,7 +173,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
 
 
 def _check_beams(found: Sampling) -> None:
-    """Raise UsageError for options that do not go with beam search."""
+    """Raise UsageError for options that cannot be combined with beam search."""
     if found.num_beams == 1:
         return
     if found.n > found.num_beams:
@@ -277,13 +277,13 @@ def _structure(name: str, value: Any) -> Any:
 
 
 class Constraint(Protocol):
-    """A rule for what may be written next, such as a grammar."""
+    """A rule for the next token, such as a grammar."""
 
     def mask(self, logits: Logits) -> Logits:
-        """Return a copy of float32 [vocabulary] with -inf at the tokens that may not come next."""
+        """Return a copy of float32 [vocabulary] with -inf at the tokens that are not allowed next."""
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was chosen."""
+        """Update the rule with the chosen token."""
 
 
 class Sampler:

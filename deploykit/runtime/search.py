@@ -1,4 +1,4 @@
-"""Choose the next token by the rules of a generation config, and by beam search.
+"""Choose the next token with the rules of a generation config, and with beam search.
 
 Given the same logits, the tokens are those of Hugging Face's ``generate`` (transformers 5, generation/utils.py and
 logits_process.py). Sentences are searched one by one, so nothing depends on the rest of the batch.

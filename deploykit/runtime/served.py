@@ -34,11 +34,11 @@ _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 LOST = (400, 404, 500, 503)
-"""Statuses of errors that may be due to a model that is loaded again."""
+"""HTTP statuses of errors that a model may cause while it is loaded again."""
 _MOST_LOST = 2
-"""Servers that may be lost with one request: it may be what ended them."""
+"""Number of servers that may be lost during one request, because the request itself may have ended them."""
 _PAUSE_S = 0.2
-"""The pause before a stream is asked for again."""
+"""Pause before a stream is requested again."""
 
 
 Row = TypeVar("Row")
@@ -112,7 +112,7 @@ class ServedModel:
         self._config = config
 
     def identity(self) -> str:
-        """Return a digest of what the server says of the model: its address, configuration and loaded versions."""
+        """Return a digest that identifies the served model: its address, configuration and loaded versions."""
         loaded = self._request("GET", "stats", patience=self._patience)
         return digest_of(self._url, self._config, [model["version"] for model in loaded["model_stats"]])
 
@@ -185,8 +185,8 @@ class ServedModel:
     ) -> Any:
         """Request ``what`` of this model. Returns an InferResult, or parsed JSON if ``json_size`` is None.
 
-        Retries until the request is answered or refused for good, or ``patience`` seconds are over: ``serve`` starts a
-        server that died again. A request that two servers did not survive is not sent to a third.
+        Retries until the request is answered or finally refused, or ``patience`` seconds are over: ``serve`` restarts a
+        server that died. A request that two servers did not survive is not sent to a third.
         """
         path = f"/v2/models/{quote(self._name)}/{what}"
         deadline = time.monotonic() + patience
@@ -226,10 +226,10 @@ class ServedModel:
             pause = min(2 * pause, 1.0)
 
     def _events(self, what: str, body: bytes) -> Iterator[Any]:
-        """Request a stream of this model, and yield its events, parsed JSON. Its end closes the connection, which cancels
-        a request that is not done. Until the first one it asks again, as ``_request`` does. Raises ServerError.
+        """Request a stream of this model, and yield its events, parsed JSON. Closing the generator closes the connection, which cancels
+        an unfinished request. Until the first event it retries, as ``_request`` does. Raises ServerError.
 
-        Events may be missing at the end: http.client does not tell a stream that breaks off.
+        Events may be missing at the end: http.client does not report a stream that breaks off.
         """
         deadline = time.monotonic() + self._patience
         lost, begun = 0, False
@@ -253,8 +253,8 @@ class ServedModel:
             time.sleep(_PAUSE_S)
 
     def _stream(self, what: str, body: bytes) -> Generator[Any, None, None]:
-        """Request a stream once, and yield its events. Raises _RefusedError, or what a lost connection raises, also where no event
-        came."""
+        """Request a stream once, and yield its events. Raises _RefusedError, or the error of a lost connection, also if no event
+        arrived."""
         with contextlib.closing(_Connection(self._address, self._ssl, self._timeout)) as connection:
             response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
             if response.status != 200:
@@ -331,7 +331,7 @@ class ServedModel:
 
 
 def parse_url(url: str) -> tuple[str, bool]:
-    """Split a server's HTTP address into ``host:port`` with any path, and whether it is https.
+    """Split a server's HTTP address into ``host:port`` with the path, and whether it is https.
 
     ``host:port`` and ``http://host:port`` mean the same. Raises UsageError.
     """
@@ -349,7 +349,7 @@ def parse_url(url: str) -> tuple[str, bool]:
 
 
 def error_text(answer: bytes) -> str:
-    """Return the message of an error response: Triton's, an event of its if a stream was asked for, or the beginning of a
+    """Return the message of an error response: Triton's (an event, if a stream was requested), or the beginning of a
     proxy's."""
     try:
         return str(json.loads(answer.removeprefix(b"data: "))["error"])
@@ -373,7 +373,7 @@ class _RefusedError(DeploykitError):
 
 
 def _busy(status: int, message: str) -> bool:
-    """Return whether the same request may be answered later."""
+    """Return whether a retry of the same request may succeed."""
     return status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
 
 

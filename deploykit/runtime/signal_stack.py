@@ -1,4 +1,4 @@
-"""Keep the stack that a thread handles signals on."""
+"""Restore the stack on which a thread handles signals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class _Stack(ctypes.Structure):
 
 @contextmanager
 def kept_signal_stack() -> Iterator[None]:
-    """Set the stack for signals of this thread again at the end of the block, whatever the block sets.
+    """Restore this thread's stack for signals at the end of the block.
 
-    On a CPU with AMX, OpenVINO sets one for each model, and frees it with the model. If a model is freed before a later
-    one, the thread is left with memory that is gone, and the next Ctrl-C ends the process (SIGSEGV).
+    On a CPU with AMX, OpenVINO sets a stack for each model, and frees it with the model. If a model is freed before a later
+    one, the thread keeps a stack that was freed, and the next Ctrl-C ends the process (SIGSEGV).
     """
     if not sys.platform.startswith("linux"):
         yield

@@ -1,4 +1,4 @@
-"""Search a stream of text for stop strings, without giving out a part of one."""
+"""Search a stream of text for stop strings, without returning a part of one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class StopSearch:
         self._state = 0
         self._held = ""
         self._cut: int | None = None
-        """Place in ``_held`` at which the earliest complete stop string begins."""
+        """Position in ``_held`` at which the earliest complete stop string begins."""
 
     def add(self, text: str, *, may_stop: bool = True) -> str:
-        """Return the text before which no stop string can begin any more. A stop string that is completed in ``text``
+        """Return the text that can no longer contain the start of a stop string. A stop string that is completed in ``text``
         is ignored unless ``may_stop``."""
         if not self._automaton.stops or self.stopped:
             return "" if self.stopped else text

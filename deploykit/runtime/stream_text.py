@@ -1,6 +1,6 @@
-"""Detokenize an answer token by token. The pieces joined are the text that all tokens together decode to.
+"""Detokenize an answer token by token. The joined pieces are the text that all tokens together decode to.
 
-How depends on the tokenizer's decoder (its JSON in tokenizer.json):
+The method depends on the tokenizer's decoder (its JSON in tokenizer.json):
 
 - ``bytes``: byte-level. The text is the UTF-8 of all tokens' bytes, so an incremental UTF-8 decoder is exact.
 - ``tokens``: a token's text depends on whether any text comes before it (Metaspace drops the first space, WordPiece
@@ -24,11 +24,11 @@ from deploykit.errors import ArtifactError
 from deploykit.runtime.stop_search import StopSearch
 
 _LOCAL = ("Replace", "Strip", "ByteFallback", "Metaspace", "WordPiece")
-"""Decoders that take each token by itself, but for the first token and for runs of byte tokens."""
+"""Decoders that decode each token separately, except the first token and runs of byte tokens."""
 
 
 class StreamText:
-    """The text of one answer, as its tokens come.
+    """The text of one answer, as its tokens arrive.
 
     The answer is cut at the earliest position where any of the ``stop`` strings begins, however the text is split
     into tokens. Stop strings that are complete within the first ``min_tokens`` tokens are ignored, as in vLLM.
@@ -49,7 +49,7 @@ class StreamText:
         return self._search.stopped
 
     def add(self, token_id: int) -> str:
-        """Return the text that is certain now: never half a character, nor a part of a stop string that may still be
+        """Return the text that is final now: never half a character, nor a part of a stop string that may still be
         completed."""
         if self.stopped:
             return ""
@@ -66,7 +66,7 @@ class StreamText:
         return ""
 
     def finish(self) -> str:
-        """Return the rest of the text when no token comes any more."""
+        """Return the remaining text after the last token."""
         if self.stopped:
             return ""
         may_stop = self._ignored < 0
@@ -133,7 +133,7 @@ class TokenDecoder:
         return text, _bytes(token) if self.kind == "bytes" and token is not None else text.encode()
 
     def token(self, token_id: int) -> str | None:
-        """Return the token as the vocabulary writes it; None for one that gives no text."""
+        """Return the token as the vocabulary writes it; None for a token without text."""
         token = self.tokenizer.id_to_token(token_id)
         return None if token is None or token in self._special else str(token)
 
@@ -158,7 +158,7 @@ class _Bytes:
 
 
 class _Tokens:
-    """``_pending``: the tokens whose text is not given out yet; ``_begun``: whether any text was."""
+    """``_pending``: tokens whose text has not been returned yet; ``_begun``: whether any text has been returned."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder

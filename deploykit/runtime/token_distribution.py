@@ -1,4 +1,4 @@
-"""Find the tokens that an answer may go on with: the likeliest ones of a large vocabulary, without sorting it.
+"""Find the tokens that may come next: the likeliest tokens of a large vocabulary, without sorting it.
 
 The order of the rules is that of Hugging Face's ``generate``: temperature, top-k, top-p, min-p, typical-p.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SORTED = 2048
-"""Keys that are few enough to sort."""
+"""Number of keys that is small enough to sort."""
 _BLOCK = 512
 
 
@@ -54,7 +54,7 @@ def distribution(
 
 
 def draw(shares: NDArray[np.float32], uniform: float) -> int:
-    """Return the place of one of the ``shares``, each as probable as it is large. ``uniform``: from [0, 1).
+    """Return the index of one of the ``shares``, sampled in proportion to its size. ``uniform``: from [0, 1).
 
     It adds up blocks first: ``numpy.cumsum`` over a whole vocabulary takes ten times as long.
     """

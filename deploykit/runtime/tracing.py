@@ -1,4 +1,4 @@
-"""OpenTelemetry: pass the context of a trace on, and record the stages of an answer as spans."""
+"""Trace with OpenTelemetry: forward the context of a trace, and record the stages of an answer as spans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Stage = tuple[str, int, int]
 
 _local = threading.local()
 stage_cpu_ns: Counter[str] = Counter()
-"""CPU time of this process, all its threads, during each stage so far: one stage runs at a time in a model's process."""
+"""CPU time of all threads of this process during each stage so far. A model's process runs one stage at a time."""
 
 
 def trace_headers() -> dict[str, str]:
@@ -34,7 +34,7 @@ def trace_headers() -> dict[str, str]:
 
 
 def traces_url(endpoint: str) -> str:
-    """Return where the collector at ``endpoint`` takes spans by OTLP over HTTP."""
+    """Return the URL at which the collector at ``endpoint`` receives spans by OTLP over HTTP."""
     return f"{endpoint.rstrip('/')}/v1/traces"
 
 
@@ -42,7 +42,7 @@ def tracer_provider(endpoint: str, service: str) -> Any:
     """Return a provider whose spans go to the collector at ``endpoint`` by OTLP over HTTP. Raises UsageError for an
     endpoint that is no URL; MissingDependencyError.
 
-    Its ``shutdown`` sends those that are left.
+    Its ``shutdown`` sends the remaining spans.
     """
     if not endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--otlp-endpoint {endpoint}: is not an HTTP address", "write it like http://localhost:4318")
@@ -80,7 +80,7 @@ class StageSpans:
 
     @contextlib.contextmanager
     def of(self, requests: Sequence[Any]) -> Iterator[None]:
-        """Make each stage of the block a span of every traced request: they are answered together."""
+        """Make each stage of the block a span of every traced request, because the requests are answered together."""
         parents = [parent for request in requests if (parent := self.parent_of(request))]
         if not parents:
             yield
@@ -111,7 +111,7 @@ class StageSpans:
             tracer.start_span(name, context=context, start_time=begin).end(end)
 
     def close(self) -> None:
-        """Send the spans that are left."""
+        """Send the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 

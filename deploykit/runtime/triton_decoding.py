@@ -1,4 +1,4 @@
-"""Parts of the Triton backend common to tasks that decode: metrics of the load, and answers that are sent later."""
+"""Parts of the Triton backend for tasks that decode: metrics of the load, and answers that are sent later."""
 
 from __future__ import annotations
 

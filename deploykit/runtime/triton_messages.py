@@ -1,4 +1,4 @@
-"""Tell by its message why Triton, or a model on it, refused a request: errors within a stream have no code."""
+"""Recognize by its message why Triton, or a model, refused a request: errors within a stream have no code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import re
 _STATES = r"is not healthy|unknown model|is not found|no available versions|is not ready|unloaded"
 QUEUE_FULL = re.compile(r"Exceeds maximum queue size|the queue is full$")
 RELOADING = re.compile(rf"{_STATES}|UNAVAILABLE|Failed to retrieve the response error")
-"""Stands in a message while a model whose process died is loaded again, or when Triton cannot read its answer."""
+"""Part of a message while a model whose process died is loaded again, or when Triton cannot read its answer."""
 ONLY_RELOADING = re.compile(rf"(Stub process|Request for|Model|Server)\b.*({_STATES})")
-"""Such a message from its beginning, which cannot be a text that the error of another fault quotes."""
+"""Beginning of such a message; an error that quotes a text does not begin like this."""

@@ -18,7 +18,7 @@ from deploykit.text import MAX_TEXT_CHARS
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 
 _MOST_BYTES = 2000
-"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata, with three bytes
+"""Maximum bytes of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata, with three bytes
 for each that is not ASCII."""
 
 
@@ -30,7 +30,7 @@ class RefusedError(ServerError):
         self._code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
     def response(self) -> Any:
-        """Return the error response. Its message may quote the request, which can hold anything."""
+        """Return the error response. Its message may quote the request, which may contain any text."""
         message = str(self).encode(errors="backslashreplace")
         if len(message) > _MOST_BYTES:
             half = _MOST_BYTES // 2

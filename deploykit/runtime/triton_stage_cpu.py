@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from deploykit.runtime.tracing import stage_cpu_ns
 
 _EVERY_S = 0.1
-"""Each report is a message to Triton, so not every batch makes one."""
+"""Seconds between reports: each report is a message to Triton, so not every batch sends one."""
 
 
 class StageCpu:
@@ -25,7 +25,7 @@ class StageCpu:
         self._next = 0.0
 
     def report(self) -> None:
-        """Add what came since the last report, if that is some time ago."""
+        """Report the time since the last report, if that is long enough ago."""
         if not stage_cpu_ns or (now := time.monotonic()) < self._next:
             return
         self._next = now + _EVERY_S

@@ -1,4 +1,4 @@
-"""Record the engine and precision that ``deploykit tune`` found best: the meaning of ``--engine auto`` on this machine.
+"""Record the engine and precision that ``deploykit tune`` found best: ``--engine auto`` uses them on this machine.
 
 The record is a file in the export's folder. The manifest does not list it, because it describes a machine and not the
 export.

@@ -35,7 +35,7 @@ def find_installed_triton() -> InstalledTriton | None:
 
 
 def assemble_backends(folder: Path, python_backend: Path, stub: Path, modules: Iterable[Path] = ()) -> None:
-    """Make ``folder`` a backend directory with Triton's Python backend and ours, which can also import ``modules``.
+    """Make ``folder`` a backend directory with Triton's Python backend and deploykit's, which can also import ``modules``.
 
     Files are copied, because Triton refuses a backend library that is a link out of its directory.
     """

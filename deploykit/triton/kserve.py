@@ -1,4 +1,4 @@
-"""Serve a model of this process over HTTP with Triton's API, for a device without Triton.
+"""Serve a model in this process over HTTP with Triton's API, for a device without Triton.
 
 Clients of Triton's HTTP API work unchanged: tensors as JSON or in Triton's binary extension, the same names, errors and
 status codes. It takes texts and returns any tensor. It has no shared memory, no compression and no gRPC.

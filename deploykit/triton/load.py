@@ -1,4 +1,4 @@
-"""Read a server's metrics, and say what its models did between two readings.
+"""Read a server's metrics, and compute what its models did between two readings.
 
 Source: Prometheus, "Exposition formats"; Triton, "Metrics".
 """

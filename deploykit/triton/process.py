@@ -34,12 +34,12 @@ os.execv(command[0], command)
 """
 _STOPPED_S = 1.0
 REFUSALS = (ServerError, OSError, http.client.HTTPException)
-"""Errors of calls to a Triton that does not answer, or refuses."""
+"""Errors of calls to a Triton that does not answer, or that refuses the call."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How Triton is started, again and again: on the same ports, with the same key."""
+    """How Triton is started and restarted: always on the same ports and with the same key."""
 
     command: list[str]
     environment: Mapping[str, str]
@@ -52,12 +52,12 @@ class Launch:
     address: str
     ports: Mapping[str, int]
     mark: str
-    """Stands in the command line of Triton and of each of its stubs, and in no other."""
+    """Text that is in the command line of Triton and of each of its stubs, and in no other."""
     admin_key: str
 
 
 class TritonProcess:
-    """One run of Triton and of its stubs, which each run a model. The thread that makes it must outlive it."""
+    """One run of Triton and of its stubs, each of which runs a model. The thread that creates it must outlive it."""
 
     def __init__(self, launch: Launch) -> None:
         self.stubs: list[tuple[psutil.Process, str]] = []
@@ -112,7 +112,7 @@ class TritonProcess:
         return found
 
     def kill_stopped(self) -> None:
-        """Kill the stubs that have been stopped (SIGSTOP) for 1 s: requests wait for them, and they may never go on."""
+        """Kill the stubs that have been stopped (SIGSTOP) for 1 s: requests wait for them, and they may never continue."""
         import psutil
 
         now = time.monotonic()
@@ -149,8 +149,8 @@ class TritonProcess:
         """Ask Triton to end, and wait until ``until``, or until it has nothing left to wait for.
 
         Triton itself would also wait for idle connections, and for every stub that died during a request, even a
-        replaced one. The others of a replaced model may still answer, but do not end while that one is waited for: of
-        them, only those that compute are waited for.
+        replaced one. The other stubs of a replaced model may still answer, but do not end while Triton waits for that stub: of
+        them, this waits only for those that compute.
         """
         stubs = [stub for stub, _ in self.stubs]
         seconds = {child: _cpu_seconds(child) for child in _children(self.pid) if child not in stubs}
@@ -164,7 +164,7 @@ class TritonProcess:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End Triton and its stubs at once, also one that it has only just started.
+        """End Triton and its stubs at once, also a stub that has just been started.
 
         Stubs hold Triton's sockets: until they end, clients wait instead of seeing their connections close.
         """
@@ -240,7 +240,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def _status(process: psutil.Process) -> str | None:
-    """Return what psutil calls a process's status, or None if it is gone."""
+    """Return a process's status as psutil names it, or None if it has ended."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Run several decoders side by side, each in a thread of its own."""
+"""Run several decoders in parallel, each in its own thread."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def run_side_by_side(
     most: int,
     pool: Executor,
 ) -> None:
-    """Deal the ``first`` sentences out to ``decoders``, and decode these and the ``coming`` ones in threads of ``pool``.
+    """Distribute the ``first`` sentences to ``decoders``, and decode these and the ``coming`` sentences in threads of ``pool``.
 
-    A decoder takes a coming sentence while its own claim fewer than ``most`` rows.
+    A decoder takes a coming sentence while its own sentences need fewer than ``most`` rows.
     """
     for i, sentence in enumerate(first):
         decoders[i % len(decoders)].add(sentence)

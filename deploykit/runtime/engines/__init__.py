@@ -1,6 +1,6 @@
-"""Inference engines behind one protocol.
+"""Open inference engines, which have one protocol.
 
-To add an engine, write a module beside this one with a class that satisfies ``Engine``, and add it to ``ENGINES``.
+To add an engine, write a module in this folder with a class that satisfies ``Engine``, and add it to ``ENGINES``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A decoder-only language model on ONNX Runtime, with rows that join and leave its batch, each with its own caches.
 
-A prompt is read into the prompt area, and ``admit`` copies its keys and values to a new row. The rows in use are always
+``read`` fills the prompt area, and ``admit`` copies its keys and values to a new row. The rows in use are always
 the first ones: when a row leaves, the last one takes its place.
 
-Caches of a row are memory that is reserved for the longest text and becomes real page by page as tokens come, so that
-the operating system does the paging. Memory of rows that left is given back when the limit would be passed. The idea is
-that of vAttention (arXiv 2405.04437).
+The caches of a row reserve address space for the longest text. Pages are allocated as tokens arrive, so that
+the operating system does the paging. Memory of removed rows is released when the limit would be exceeded. The idea is
+from vAttention (arXiv 2405.04437).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _LEAST_PROMPT = 64
 
 
 def cached_tokens(max_cache_bytes: int | None, token_bytes: int, context: int) -> tuple[int, int]:
-    """Return how many tokens fit the caches of rows, and of saved prompts, which get a quarter of ``max_cache_bytes``.
-    None: 1 GiB, or more where a row of 8,192 tokens needs it."""
+    """Return the number of tokens that fit the caches of rows and of saved prompts, which get a quarter of ``max_cache_bytes``.
+    None: 1 GiB, or more if a row of 8,192 tokens needs it."""
     if max_cache_bytes is None:
         max_cache_bytes = max(MAX_CACHE_BYTES, token_bytes * min(context, _LONG) * 4 // 3)
     all_tokens = max_cache_bytes // token_bytes
@@ -68,7 +68,7 @@ class CausalLm(Protocol):
         """Empty the prompt area."""
 
     def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> Logits:
-        """Append tokens to the prompt area. Returns the logits of those at the places ``wanted`` in ``ids``, float32
+        """Append tokens to the prompt area. Returns the logits of the tokens at the positions ``wanted`` in ``ids``, float32
         [wanted, vocabulary]. The array is overwritten by the next call."""
 
     def saved(self, start: int, end: int) -> Any:
@@ -78,7 +78,7 @@ class CausalLm(Protocol):
         """Append tokens whose caches were ``saved`` after the same tokens to the prompt area."""
 
     def admit(self, reserved: int) -> None:
-        """Append a row with the prompt area's tokens. ``reserved``: the tokens that all rows in use may come to have."""
+        """Append a row with the prompt area's tokens. ``reserved``: maximum number of tokens of all rows in use."""
 
     def step(self, tokens: Ints) -> Logits:
         """Feed each row its next token, int64 [rows]. Returns logits, float32 [rows, vocabulary]. The array is
@@ -93,7 +93,7 @@ class CausalLm(Protocol):
 
 
 class Part(NamedTuple):
-    """Tokens of a prompt, ``ids``, to append to a prompt area, and how many of the last ones' logits are wanted."""
+    """Tokens of a prompt, ``ids``, to append to a prompt area, and the number of last tokens whose logits are wanted."""
 
     area: Any
     ids: Sequence[int]
@@ -102,20 +102,20 @@ class Part(NamedTuple):
 
 @runtime_checkable
 class MixingCausalLm(Protocol):
-    """A ``CausalLm`` that computes any tokens in one pass over its weights: several of a row, to check guesses, and those
-    of prompts beside them. It has more than one prompt area; ``area`` is the one that all other methods use.
+    """A ``CausalLm`` that computes any tokens in one pass over its weights: several tokens of a row, to check guesses, and tokens
+    of prompts. It has more than one prompt area; all other methods use ``area``.
 
-    ``tokens_of_a_step``: tokens of all rows that take little longer than one.
+    ``tokens_of_a_step``: number of tokens, over all rows, that take little longer than one token.
     """
 
     tokens_of_a_step: int
     area: Any
 
     def new_area(self) -> Any:
-        """Return another prompt area, which is empty. There is one for each row that is still free."""
+        """Return another, empty prompt area. There is one for each free row."""
 
     def release_others(self) -> None:
-        """Give up all prompt areas but ``area``."""
+        """Release all prompt areas except ``area``."""
 
     def mix(self, tokens: Sequence[Sequence[int]], parts: Sequence[Part] = ()) -> Logits:
         """Feed each row some tokens, and append the ``parts`` to their prompt areas. Call ``keep`` after it.
@@ -125,7 +125,7 @@ class MixingCausalLm(Protocol):
         """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Keep only the first ``counts`` of the tokens that each row was fed by ``mix``."""
+        """Keep only the first ``counts`` of the tokens that ``mix`` appended to each row."""
 
 
 class OnnxCausalLm:
@@ -252,7 +252,7 @@ class OnnxCausalLm:
         return order
 
     def _same_alone(self) -> bool:
-        """Return whether a row gets the same bits alone as beside others: kernels for one row may round differently."""
+        """Return whether a row gets the same bits alone as with other rows: kernels for one row may round differently."""
         self._least = 1
         self.feed([0, 0], [])
         for _ in range(2):
@@ -265,7 +265,7 @@ class OnnxCausalLm:
         return bool(alone == beside)
 
     def _give_back(self) -> None:
-        """Give the memory past each row's tokens back to the operating system."""
+        """Release the memory after each row's tokens to the operating system."""
         for row in range(self.max_rows):
             length = int(self._past[row]) if row < self.rows else 0
             if self._touched[row] > length:
@@ -304,7 +304,7 @@ class _RowCaches:
         self.view: NDArray[np.float32] = self._memory.view
 
     def give_back(self, row: int, start: int, end: int) -> None:
-        """Give back the whole pages of a row's positions ``start`` to ``end``; they read as zeros again."""
+        """Release the whole pages of a row's positions ``start`` to ``end``; they read as zeros again."""
         _, heads, positions, size = self.view.shape
         for head in range(heads):
             first = (row * heads + head) * positions * size * 4

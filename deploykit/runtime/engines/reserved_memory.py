@@ -1,4 +1,4 @@
-"""Arrays for the longest texts, whose memory becomes real page by page as it is written."""
+"""Reserve arrays for the longest texts; their memory is allocated page by page when it is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReservedArray:
         self.view: NDArray[Any] = np.frombuffer(self._memory, dtype).reshape(shape)
 
     def give_back(self, start: int, end: int) -> None:
-        """Give the whole pages of the bytes ``start`` to ``end`` back to the system; they read as zeros again."""
+        """Release the whole pages of the bytes ``start`` to ``end`` to the system; they read as zeros again."""
         begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - begin
         if length > 0:

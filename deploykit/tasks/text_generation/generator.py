@@ -52,7 +52,7 @@ class TextGenerator(Protocol):
         self, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, progress: Callable[[int], None] = ...
     ) -> list[list[Generated] | DataError]:
         """Return ``sampling.n`` answers to each prompt, in order, or why the prompt alone is refused. ``progress`` is
-        called with the number of answers that came."""
+        called with the number of answers that arrived."""
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
@@ -156,7 +156,7 @@ class LocalGenerator:
         *,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Generated]]:
-        """Return ``sampling.n`` answers to each prompt, in order. ``progress`` is called with the answers that came.
+        """Return ``sampling.n`` answers to each prompt, in order. ``progress`` is called with the answers that arrived.
 
         Raises DataError for a prompt that is empty or leaves no room in the context for an answer.
         """

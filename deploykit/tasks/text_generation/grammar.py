@@ -119,7 +119,7 @@ class Constraint:
         return allowed and not self._matcher.is_error()
 
     def mask(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return a copy of float32 [vocabulary] with -inf at the tokens that may not come next.
+        """Return a copy of float32 [vocabulary] with -inf at the tokens that are not allowed next.
 
         Raises UsageError where the constraint is too complex to follow.
         """
@@ -129,7 +129,7 @@ class Constraint:
         return masked
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was chosen. Raises UsageError where the constraint is too complex to follow, or does not
+        """Update the rule with the chosen token. Raises UsageError where the constraint is too complex to follow, or does not
         allow the token."""
         if not self._matcher.consume_token(token_id):
             raise self._error()

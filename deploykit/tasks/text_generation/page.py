@@ -37,7 +37,7 @@ def write_run_page(
         f"<header><h1>{escape(title)}</h1></header>",
         *([_held_out(metrics, split)] if (split := held_out(metrics)) else []),
         figure(
-            "Loss", "Of a supervised token. Step 0 is the checkpoint as it came.",
+            "Loss", "Of a supervised token. Step 0 is the checkpoint before training.",
             training_figures.loss_curves(
                 [(step["step"], step["loss"]) for step in history["steps"]],
                 [(evaluation["step"], evaluation["loss"]) for evaluation in history["evaluations"]],

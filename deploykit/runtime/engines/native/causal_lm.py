@@ -1,7 +1,7 @@
 """Run language models with deploykit's own engine, the C code in ``csrc/``.
 
-A row has a slot of the caches, whose memory is reserved for the longest text and becomes real as tokens come. The prompt
-area is a slot too, and becomes that of the first row that is admitted with it.
+A row has a slot of the caches: address space for the longest text, whose pages are allocated as tokens arrive. The prompt
+area is a slot too, and becomes the slot of the first row that is admitted with it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _TOGETHER = 16
 """Positions whose keys are stored together."""
 _LEAST_ROTATIONS = 512
 _READ = 512
-"""Most tokens of a prompt that are computed at once."""
+"""Maximum number of prompt tokens that are computed at once."""
 
 
 @dataclass(eq=False)
 class _Area:
-    """A prompt area: a slot, and how many tokens are in it. ``admitted``: the slot is that of a row."""
+    """A prompt area: a slot, and the number of tokens in it. ``admitted``: the slot belongs to a row."""
 
     slot: int
     length: int = 0
@@ -42,7 +42,7 @@ Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Keys of whole groups of 16 positions, and values of some tokens, in the bytes of ``csrc/causal.h``."""
 _CACHE_BYTES = {"fp16": 2, "int8": 1, "fp32": 4}
 _SCALE_BYTES = 8
-"""Of a key and a value in INT8."""
+"""Bytes of a scale of a key or a value in INT8."""
 
 
 def _library() -> ctypes.CDLL:
@@ -237,7 +237,7 @@ class NativeCausalLm:
         places: NDArray[np.int32],
         logits: Logits,
     ) -> None:
-        """Check what the library does not check, and let it compute. ``logits``: [places, vocabulary]."""
+        """Check the arguments that the library does not check, and compute. ``logits``: [places, vocabulary]."""
         rows = len(tokens)
         if not rows:
             return
@@ -277,7 +277,7 @@ class NativeCausalLm:
         self._touched[target] = max(self._touched[target], end)
 
     def _make_room(self, tokens: int) -> None:
-        """Give the memory past each slot's tokens back to the system, if ``tokens`` more would pass the limit."""
+        """Release the memory after each slot's tokens to the system, if ``tokens`` more would exceed the limit."""
         if int(self._touched.sum()) + tokens <= self.max_tokens:
             return
         held = np.zeros(len(self._touched), np.int64)

@@ -1,4 +1,4 @@
-"""Map a language model's weight file, and point the C library's structures at it."""
+"""Map a language model's weight file, and set the pointers of the C library's structures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = 16
 TOGETHER = 4
 """Inputs of an INT8 matrix that are stored side by side; 2 in older files."""
 BLOCK = 32
-"""Inputs that share a scale in INT4, and to whose multiple all matrices are padded."""
+"""Number of inputs that share a scale in INT4; all matrices are padded to a multiple of it."""
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3, "fp16": 4}
 CACHES = ("fp16", "int8", "fp32")
 """Types of keys and values."""
@@ -61,7 +61,7 @@ class CausalBatchStruct(ctypes.Structure):
 
 
 class CausalWeights(WeightFile):
-    """A language model. ``longest``: positions that it has learned, None for any. ``ropes``: frequencies, float32
+    """A language model. ``longest``: number of learned positions, None for any. ``ropes``: frequencies, float32
     [channels / 2], and the scale of each table of rotations. ``cache``: type of keys and values, one of CACHES."""
 
     def _lay(self, model: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ class NativeEngine:
     """An encoder on the engine ``native``. It does not compute padding. A text's result depends neither on the rest of the
     batch nor on the number of threads.
 
-    ``run`` returns logits [texts, labels]; of a head of every token an array [texts, padded length] for each of its outputs,
+    ``run`` returns logits [texts, labels]; for a head of every token an array [texts, padded length] for each of its outputs,
     0 at padding.
     """
 
@@ -78,7 +78,7 @@ class NativeEngine:
         return self._weights.int8_layers
 
     def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64], types: NDArray[np.int64]) -> None:
-        """Refuse what the model's tables lack: the library looks tokens and positions up unchecked."""
+        """Refuse tokens and positions outside the model's tables: the library does not check them."""
         w = self._weights
         if not 0 <= types.min(initial=0) <= types.max(initial=0) < w.types:
             raise EngineError(f"a token's type is not one of the model's {w.types}", "export the model again")

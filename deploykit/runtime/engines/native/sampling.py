@@ -1,4 +1,4 @@
-"""Draw tokens with the library of the engine ``native``, whatever engine computed the logits."""
+"""Sample tokens with the library of the engine ``native``, from the logits of any engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Draw = Callable[[Floats, float, int, float, float, float, float], int]
 
 @cache
 def native_draw() -> Draw | None:
-    """Return a function that draws a token, or None where the library does not run.
+    """Return a function that samples a token, or None if the library does not run here.
 
     It takes logits, float32 [vocabulary], temperature, top_k (0: none), top_p, min_p, typical_p, and a random number from [0, 1).
     It returns -1 if no logit is finite.

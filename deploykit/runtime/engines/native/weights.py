@@ -1,4 +1,4 @@
-"""Map a weight file of the engine ``native``, and point the C library's structures at it.
+"""Map a weight file of the engine ``native``, and set the pointers of the C library's structures.
 
 Format: safetensors (length of the header, JSON header, tensors).
 """
@@ -171,8 +171,8 @@ class Weights(WeightFile):
 class EncoderWeights(WeightFile):
     """An encoder and its head.
 
-    ``longest``: positions that it knows, of each of its ``types`` of tokens, which have ``places`` rows each. ``padding``: the
-    token whose place is row 0, and which is not counted; None if there is none. ``by_token``: the head gives ``labels`` logits
+    ``longest``: number of positions of each of its ``types`` of tokens, which have ``places`` rows each. ``padding``: the
+    token that has row 0 and no position; None if there is none. ``by_token``: the head gives ``labels`` logits
     for every token, otherwise for each text.
     """
 
