@@ -32,7 +32,7 @@ from deploykit.text import printable, without_surrogates
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """The answer to the row at ``origin``, or the ``error`` that says why there is none."""
+    """The answer to the row at ``origin``, or an ``error`` with the reason why it has no answer."""
 
     origin: str
     text: str
@@ -57,7 +57,7 @@ class AnsweredRow:
 def rows_of(texts: Sequence[str | tuple[str, str]], facts: TaskFacts) -> list[TextRow]:
     """Return texts as rows, named by their numbers from 1.
 
-    Two texts are one input of a model of pairs. Raises UsageError if the model reads one text.
+    For a model of pairs, two texts are one input. Raises UsageError if the model reads one text.
     """
     task = task_of(facts)
     asked = (text if isinstance(text, str) else task.as_text(facts, *text) for text in texts)
@@ -131,7 +131,7 @@ def _records(predictor: Predictor, part: Part, generation: Any) -> Records:
 
 
 def _check_rows(rows: Iterator[TextRow], source: str, reading: Reading, out: Path) -> None:
-    """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
+    """Raise UsageError if ``source`` is not a table with one row per text, such as SQuAD's JSON."""
     count = sum(1 for _ in rows)
     try:
         same = count == sum(1 for _ in row_columns(source, reading))

@@ -1,4 +1,4 @@
-"""Answer rows together; what is refused fails alone."""
+"""Answer rows together; a refused row does not affect the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Refusal = DataError | RequestError
 def answer_each(answer: Callable[[Sequence[Asked]], Iterable[Found]], asked: Sequence[Asked]) -> list[Found | Refusal]:
     """Return what ``answer`` gives for each of ``asked``, in their order, or the error with which it refuses that one.
 
-    All are answered in one call. If that is refused, halves are. Raises RequestError for a server that fails.
+    All rows are answered in one call. If it is refused, each half is tried separately. Raises RequestError for a server that fails.
     """
     if not asked:
         return []

@@ -69,7 +69,7 @@ class Serving(Protocol):
 
     triton_backend: str
     stream_backend: str
-    """The classes that answer Triton's requests, as "module:class", for NAME and for NAME_stream (empty: there is none)."""
+    """The classes that answer Triton's requests, as "module:class", for NAME and for NAME_stream (empty: no such model)."""
     outputs: tuple[str, ...]
     """The output tensors that a client needs, the answer's text first; ``TARGET_TOKENS`` counts what was generated."""
     settings: tuple[str, ...]
@@ -108,10 +108,10 @@ class Measuring(Protocol):
         """Read texts, and their correct answers if the source has them."""
 
     def tensors(self, facts: Any, text: str) -> Mapping[str, str]:
-        """Return what a request to Triton has in each of its input tensors to ask for ``text``. Raises DataError."""
+        """Return the value of each input tensor of a Triton request for ``text``. Raises DataError."""
 
     def as_text(self, facts: Any, first: str, second: str) -> str:
-        """Write two texts that are one input as the one text that stages pass on. Raises UsageError if there are none such."""
+        """Write two texts that are one input as one text, for the stages. Raises UsageError if the model reads single texts."""
 
     def answer(self, predictor: Any, texts: Sequence[str], generation: Any = None) -> list[Answer]:
         """Answer all texts in one call."""

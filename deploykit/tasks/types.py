@@ -65,7 +65,7 @@ class Explaining(Protocol):
 class ReportOptions:
     """Contents of a report of ``evaluate``: ``slices`` by these columns, drift ``against`` a file of new rows, of a
     classifier flips of answers by the words of the file ``swaps`` (None: English ones), and slices by whether the model has
-    ``seen`` a row's text in training (its duplicate key; None: not known)."""
+    ``seen`` a row's text in training (its duplicate key; None: unknown)."""
 
     slices: tuple[str, ...] = ()
     against: str | None = None
@@ -79,7 +79,7 @@ class Reporting(Protocol):
 
     def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options, generation: Options,
                options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
-        """Measure as ``evaluate`` does, and say what lies behind the metrics, as JSON."""
+        """Measure as ``evaluate`` does, and return an analysis of the errors, as JSON."""
 
     def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
         """Write the page of what ``report`` returned. Raises MissingDependencyError without matplotlib."""

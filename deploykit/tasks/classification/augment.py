@@ -1,4 +1,4 @@
-"""Noisy copies of rows: of the training rows to learn from, of the measured ones to see what noise costs."""
+"""Make noisy copies of rows: of training rows to learn from, and of measured rows to see the effect of noise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.translation.predictor import TextTranslator
 
 Rewriter = Callable[[Sequence[str], float, Random], Sequence[str]]
-"""Gives each text with noise at a rate."""
+"""Adds noise to each text at a rate."""
 
 _MEASURED = {"typos": 0.2, "case": 1.0, "punctuation": 0.3}
 """Noises that a report measures, with their rates."""
@@ -40,7 +40,7 @@ _MEASURED = {"typos": 0.2, "case": 1.0, "punctuation": 0.3}
 def augmented(
     rows: Sequence[Example], noises: Sequence[str], seed: int, rewriters: Mapping[str, Rewriter]
 ) -> dict[str, list[Example]]:
-    """Return noise ("typos=0.1") -> a copy of each row with it, where that changes the row.
+    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row.
 
     The origin of a copy names the row and the noise: "tweets.csv:17 with typos".
     """
@@ -58,9 +58,9 @@ def augmented(
 
 @contextmanager
 def rewriters(options: ClassificationOptions, work: Path, say: Say) -> Iterator[dict[str, Rewriter]]:
-    """Yield noise -> what makes it, with the models open that it needs. Translations are kept in ``work``.
+    """Yield noise -> the function that adds it, with its models open. Translations are kept in ``work``.
 
-    Raises UsageError for translators that do not go there and back, and for a model that is not a masked language model.
+    Raises UsageError for translators that are not in opposite directions, and for a model that is not a masked language model.
     """
     names = {name for name, _ in map(parse_noise, options.augment)}
     found = {name: _each(NOISES[name]) for name in names if name in NOISES}
@@ -118,7 +118,7 @@ def _each(noise: Noise) -> Rewriter:
 
 
 def _back_translation(there: TextTranslator, back: TextTranslator, work: Path, say: Say) -> Rewriter:
-    """Return what translates a share of the texts there and back; one that has no translation stays as it is."""
+    """Return a function that translates a share of the texts there and back; a text without a translation stays unchanged."""
 
     def translated(texts: Sequence[str]) -> Sequence[str]:
         for translator in (there, back):

@@ -1,4 +1,4 @@
-"""Calibration of a classifier: what goes into its linear layers while fp32 answers real rows."""
+"""Calibrate a classifier: observe the inputs of its linear layers while the fp32 graph answers real rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calib
 
 
 def token_rows(folder: Path, task: Classification, texts: Sequence[str]) -> TokenRows:
-    """Return the token ids of ``texts`` as the export in ``folder`` is served them."""
+    """Return the token ids of ``texts`` as the export in ``folder`` tokenizes them when it is served."""
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
     encoded = tokenizer.encode([task.read(text) for text in texts])
     return TokenRows(encoded.ids, digest_of(list(texts)), encoded.types if task.token_types else None)

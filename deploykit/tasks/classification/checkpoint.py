@@ -28,13 +28,13 @@ from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
 """Remedy for a model that cannot be served."""
 _LONGEST_OF_PAIR = 4
-"""Each text of a pair is cut to so many times the longest input before it is tokenized as transformers does: a cut far
-from the one that serving makes, so that a fault of the latter shows."""
+"""Each text of a pair is cut to this many times the longest input before it is tokenized as transformers does: a cut far
+beyond the one that serving makes, so that a fault of the serving code shows."""
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str] = ()) -> Classification:
-    """Return the task in a checkpoint's manifest, or, for one trained elsewhere, what its config says, and ``text_columns``."""
+    """Return the task in a checkpoint's manifest, or, for a checkpoint trained elsewhere, the task in its config with ``text_columns``."""
     if (path / MANIFEST).exists():
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
@@ -71,13 +71,13 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
 
 
 def labels_of(config: Any) -> tuple[str, ...]:
-    """Return the names of a head's outputs, in their order; () where some have none."""
+    """Return the names of a head's outputs, in their order; () if an output has no name."""
     names = [config.id2label.get(i) for i in range(config.num_labels)]
     return () if None in names else tuple(map(str, names))
 
 
 def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:
-    """Return whether the types that the tokenizer gives to tokens change what ``model``, in eval mode, computes."""
+    """Return whether the tokenizer's token types change the outputs of ``model``, in eval mode."""
     types = "token_type_ids"
     if types not in tokenizer.model_input_names or types not in inspect.signature(model.forward).parameters:
         return False
@@ -156,7 +156,7 @@ class TorchClassifier:
         )
 
     def _parts(self, text: str) -> tuple[str, ...]:
-        """Return what the tokenizer reads: one text, or two without what truncation drops from each in any case."""
+        """Return the tokenizer's input: one text, or two, without the ends that truncation drops in any case."""
         parts = self.task.read(text)
         if len(parts) == 1 or self._whole is None:
             return parts
@@ -189,8 +189,8 @@ class TorchClassifier:
         return self.task.scores(logits)
 
     def logits_alone(self, text: str) -> NDArray[np.float32]:
-        """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all that the
-        checkpoint's tokenizer gives (token types, say) goes into the model."""
+        """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all outputs of the
+        checkpoint's tokenizer (for example token types) go into the model."""
         # In lists: transformers takes an empty second text for none, unless it is in one.
         parts = ([part] for part in self._parts(text))
         encoded = self.tokenizer(*parts, truncation=True, max_length=self.task.max_length, return_tensors="pt")
@@ -221,7 +221,7 @@ def tried(classifier: TorchClassifier, origin: str) -> TorchClassifier:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an architecture's or an engine's error says, in a line."""
+    """Return the error of an architecture or an engine as one line."""
     line = first_line(error)
     # The message of a KeyError is the key alone.
     return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) and str(error).strip() else line

@@ -1,4 +1,4 @@
-"""Drop the rows that cannot teach anything, and count every one of them."""
+"""Drop unusable rows, and count them by reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploykit.tasks.classification.rows import Example, RawExample, as_example
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Rows by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
+    """Counts of rows by reason. ``rows_read`` is ``rows_kept`` plus all dropped rows.
 
     ``unicode_repaired`` rows had control characters, lone surrogates or text not in NFC; they are
     not dropped for it. ``joined_labels`` rows gave their label to an earlier row of the same text.
@@ -53,7 +53,7 @@ def has_label_a_row(examples: Iterable[Example]) -> bool:
 
 
 def join_label_rows(examples: Sequence[Example]) -> list[Example]:
-    """Return the rows of a multi-label file that has a row for each label as a row for each text, with all its labels.
+    """Join the rows of a multi-label file with one label per row: return one row per text, with all its labels.
 
     Other files' rows are returned as they are: duplicates are kept.
     """
@@ -74,8 +74,8 @@ def _joined(same: Sequence[Example]) -> Example:
 def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example], CleaningReport]:
     """Normalize the texts; drop rows without text or label, and duplicates.
 
-    Of rows with the same text (``duplicate_key``) and label the first is kept; where the labels
-    differ none is, as nothing says which one is right. With ``multi_label``, rows that have one label each are the labels
+    Of rows with the same text (``duplicate_key``) and label the first is kept; if the labels
+    differ, none is kept, because the right one is unknown. With ``multi_label``, rows that have one label each are the labels
     of their text. The label "" is missing unless ``multi_label``.
     """
     rows_read = missing_text = missing_label = empty_text = unicode_repaired = 0

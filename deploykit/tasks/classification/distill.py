@@ -1,4 +1,4 @@
-"""Ask a teacher: a model whose answers a student learns."""
+"""Compute the answers of a teacher, from which a student learns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Teacher:
         self._order = [found.labels.index(label) for label in task.labels]
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return logits, float32 [texts, labels], in the student's order; of a regression the numbers."""
+        """Return logits, float32 [texts, labels], in the student's order; for a regression the numbers."""
         scores = self.scores(texts)
         if self._task.regression:
             return scores
@@ -51,7 +51,7 @@ class Teacher:
         return np.asarray(logits, np.float32)
 
     def checkpoint(self) -> TorchClassifier:
-        """Return the model itself. Raises UsageError if it is no checkpoint."""
+        """Return the model itself. Raises UsageError if it is not a checkpoint."""
         if not isinstance(self._predictor, TorchClassifier):
             raise UsageError(
                 "--distill-hidden needs the teacher's hidden states, and exports and served models do not return them",

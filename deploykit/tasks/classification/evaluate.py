@@ -88,7 +88,7 @@ def labelled_rows(
 @dataclass(frozen=True)
 class AnsweredRows:
     """Rows that the model answered, with their ``truth`` (``Classification.targets``) and ``scores``, float32
-    [rows, labels]; and what it says of those that it ``refused``."""
+    [rows, labels]; and a line for each row that it ``refused``."""
 
     examples: list[Example]
     truth: NDArray[Any]

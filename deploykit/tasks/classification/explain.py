@@ -23,7 +23,7 @@ class ClassifiedText:
     """A text, or a pair of texts, and a label of it."""
 
     def __init__(self, predictor: TextClassifier, text: str, label: str | None, unit: Unit) -> None:
-        """``label`` is the one to explain, None for the likeliest. Raises UsageError if the model has none such."""
+        """``label`` is the label to explain, None for the likeliest. Raises UsageError if the model does not have it."""
         task = predictor.task
         self._predictor = predictor
         self._parts = task.read(text)

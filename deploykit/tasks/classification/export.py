@@ -64,7 +64,7 @@ def write(
     trace: MeasurementLog,
     say: Say,
 ) -> Written:
-    """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
+    """Write the graphs of a classifier and the files for serving to ``directory``; without ``saved``, calibrate."""
     reference = TorchClassifier.load(checkpoint, options.text_column)
     task = reference.task
     trained = TrainedScales.load(checkpoint)
@@ -196,7 +196,7 @@ def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
 def _ranges(
     found: Calibrated, trained: TrainedScales | None, reference: TorchClassifier, options: ExportOptions, say: Say
 ) -> tuple[str, Ranges]:
-    """Return the method that INT8 takes its ranges by, and the ranges."""
+    """Return the INT8 ranges, and the method that found them."""
     ranges = found.calibration.ranges(options.range_method)
     if trained is None:
         say(found.calibration.told(options.range_method))

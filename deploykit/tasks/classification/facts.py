@@ -19,7 +19,7 @@ LABEL_SEPARATOR = "|"
 
 
 def as_text(first: str, second: str) -> str:
-    """Write a pair of texts as one, where a stage asks with texts: a JSON list of both, normalized; "" if both are empty."""
+    """Write a pair of texts as one text, for stages whose inputs are texts: a JSON list of both, normalized; "" if both are empty."""
     both = (normalize(first), normalize(second))
     return json.dumps(both, ensure_ascii=False) if any(both) else ""
 
@@ -39,11 +39,11 @@ def from_text(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Classification:
-    """One label a text, with ``multi_label`` any number of them, or with ``regression`` a number.
+    """Facts of a model that gives one label per text, with ``multi_label`` any number of labels, or with ``regression`` a number.
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
     included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``, or with ``pair`` are two texts
-    that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token is of.
+    that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token belongs to.
     ``pad_left``: padding stands before the tokens, as XLNet needs, which reads the last one. Several label
     columns have 0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the
     labels of a multi-label row; None is ``|``. ``temperature`` divides the logits before they become probabilities.
@@ -96,7 +96,7 @@ class Classification:
         }
 
     def read(self, text: str) -> tuple[str, ...]:
-        """Return the one or two texts that the tokenizer reads, normalized. Raises DataError for what is no pair."""
+        """Return the one or two texts that the tokenizer reads, normalized. Raises DataError for a text that is not a pair."""
         return from_text(text) if self.pair else (normalize(text),)
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -125,7 +125,7 @@ class Classification:
     def targets(self, labels: Sequence[str]) -> NDArray[Any]:
         """Return the truth as bool [rows, labels], of a regression as float32 [rows, 1].
 
-        Raises KeyError for a label the model does not have, ValueError for one that is no number.
+        Raises KeyError for a label that the model does not have, ValueError for a label that is not a number.
         """
         if self.regression:
             return np.array([[float(label)] for label in labels], np.float32)

@@ -96,7 +96,7 @@ def fit(
 
 
 class _Fitting(Trainer):  # type: ignore[misc]
-    """Passes each training batch twice for R-Drop, through different dropouts, and adds what a teacher says."""
+    """A Trainer that passes each batch twice for R-Drop, with different dropout, and adds the loss against a teacher."""
 
     def __init__(self, *words: Any, options: ClassificationOptions, hidden: HiddenTeacher | None, **named: Any) -> None:
         super().__init__(*words, **named)
@@ -134,7 +134,7 @@ class _Fitting(Trainer):  # type: ignore[misc]
 
 
 def _logits(predictions: Any) -> NDArray[np.float32]:
-    """Return the logits among a model's outputs, where hidden states come with them."""
+    """Return the logits from a model's outputs, which may also contain hidden states."""
     logits: NDArray[np.float32] = predictions[0] if isinstance(predictions, tuple) else predictions
     return logits
 

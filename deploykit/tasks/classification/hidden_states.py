@@ -19,10 +19,10 @@ _PROJECTION = "distill_projection"
 
 class HiddenTeacher:
     """A teacher whose hidden states ``student`` learns. If they are wider or narrower than the student's, the student gets
-    a layer that projects those that it gives, to be trained with it and taken off by ``detach``.
+    a layer that projects its own hidden states. It is trained with the student, and ``detach`` removes it.
 
-    ``kept`` are the layers of an origin with ``depth`` layers that the student has: it learns the teacher's same layers
-    if that is as deep. Otherwise its layers are spread evenly over the teacher's, up to the last (Jiao et al., 2020).
+    ``kept`` are the layers that the student has of an origin with ``depth`` layers. It learns from the same layers of the teacher
+    if the teacher is as deep. Otherwise its layers are spread evenly over the teacher's, up to the last (Jiao et al., 2020).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class HiddenTeacher:
         kept: Sequence[int] = (),
         depth: int = 0,
     ) -> None:
-        """``texts`` are some to try both on. Raises UsageError for two that cannot be compared token by token."""
+        """``texts`` are samples to try both models on. Raises UsageError for models that cannot be compared token by token."""
         self._task, self._takes_types = student.task, teacher.task.token_types
         self._model = teacher.model.requires_grad_(False)
         limit = max_tokens(teacher.tokenizer, teacher.model.config)
@@ -69,7 +69,7 @@ class HiddenTeacher:
             self._hook = student.model.register_forward_hook(_project)
 
     def told(self) -> str:
-        """Return which layers learn from which, from 0."""
+        """Return the pairs of a student's and a teacher's layer, from 0."""
         pairs = ", ".join(f"{ours} from {theirs}" for ours, theirs in enumerate(self.layers))
         return f"layers of the student learn the teacher's hidden states: {pairs}" + (
             ", projected to their width" if self.projects else ""
@@ -96,7 +96,7 @@ class HiddenTeacher:
         return total / len(self.layers)
 
     def detach(self, model: Any) -> None:
-        """Take the projection off a trained model, and the teacher back to the CPU, where it answers."""
+        """Remove the projection from a trained model, and move the teacher back to the CPU, where it answers."""
         self._model.to("cpu")
         if self.projects:
             self._hook.remove()
@@ -104,7 +104,7 @@ class HiddenTeacher:
 
 
 def _project(model: Any, _: Any, outputs: Any) -> Any:
-    """Put projected hidden states in place of a model's own."""
+    """Replace a model's hidden states by projected ones."""
     if (states := outputs.get("hidden_states")) is not None:
         projection = getattr(model, _PROJECTION)
         outputs["hidden_states"] = (states[0], *(projection(state) for state in states[1:]))
@@ -112,7 +112,7 @@ def _project(model: Any, _: Any, outputs: Any) -> Any:
 
 
 def states_of(outputs: Any) -> Sequence[torch.Tensor]:
-    """Return the hidden states after each layer. Raises UsageError for a model that has none, or of several lengths."""
+    """Return the hidden states after each layer. Raises UsageError for a model without hidden states, or with several lengths of them."""
     states = getattr(outputs, "hidden_states", None)
     if not states or len({state.shape for state in states[1:]}) != 1:
         raise UsageError("--distill-hidden: a model does not have one stack of layers", "leave it out")

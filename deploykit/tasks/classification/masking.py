@@ -1,4 +1,4 @@
-"""Replace words of texts by what a masked language model reads in their place."""
+"""Replace words of texts by words that a masked language model predicts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deploykit.training.weights import load_reported
 _LOGITS_AT_ONCE = 1 << 26
 """256 MB in fp32."""
 _LIKELIEST = 20
-"""Of these tokens one is drawn by its probability, if it is a whole word and another one."""
+"""Number of likeliest tokens from which a word is sampled, if it is a whole word and differs from the original."""
 _STARTS = ("Ġ", "▁")
-"""Signs before a token that begins a word, in the vocabularies of byte-level BPE and SentencePiece."""
+"""Markers of a token that begins a word, in the vocabularies of byte-level BPE and SentencePiece."""
 
 
 class MaskedWords:
@@ -41,7 +41,7 @@ class MaskedWords:
         self._words: dict[int, str] = {}
 
     def rewrite(self, texts: Sequence[str], rate: float, random: Random) -> list[str]:
-        """Replace this share of the words of each text, each in one reading of the text without them all."""
+        """Replace this share of the words of each text; the model reads each text once, with all these words masked."""
         found = list(texts)
         longest_first = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
         first = 0
@@ -83,7 +83,7 @@ class MaskedWords:
         return found
 
     def _drawn(self, word: str, scores: Sequence[float], tokens: Sequence[int], random: Random) -> str:
-        """Return another word by its probability, or the same one if none is likely."""
+        """Return another word, sampled by its probability, or the same word if no other is likely."""
         offers = [(self._word(token), score) for token, score in zip(tokens, scores)]
         offers = [(other, score) for other, score in offers if score and other and other.lower() != word.lower()]
         if not offers:

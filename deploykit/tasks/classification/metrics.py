@@ -1,4 +1,4 @@
-"""Compute the metrics of labels from probabilities, in numpy alone, so that a serving machine can check its accuracy."""
+"""Compute the metrics of labels from probabilities with numpy only, so that a serving machine can check its accuracy."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _confusion(task: Classification, truth: NDArray[np.bool_], answers: NDArray[
 
 
 def ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    """Divide; what has nothing in its denominator is 0."""
+    """Divide; a quotient with denominator 0 is 0."""
     return np.divide(
         numerator, denominator, out=np.zeros(np.shape(numerator), np.float64), where=np.asarray(denominator) > 0
     )

@@ -1,4 +1,4 @@
-"""Find the side on which padding does not change what a classifier answers."""
+"""Find the side on which padding does not change a classifier's answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TOLERANCE = 1e-3
 
 
 def pads_left(classifier: TorchClassifier) -> bool | None:
-    """Return whether ``TEXTS`` padded on the left have the answers that they have alone, and padded on the right not.
+    """Return True if only padding ``TEXTS`` on the left keeps their answers, and False if padding on the right does.
 
-    The left is tried if the checkpoint's tokenizer pads there. None if no side keeps the answers.
+    The left side is tried only if the checkpoint's tokenizer pads there. Returns None if neither side keeps the answers.
     """
     task = classifier.task
     texts = [as_text(text, text) if task.pair else text for text in TEXTS]
@@ -38,5 +38,5 @@ def pads_left(classifier: TorchClassifier) -> bool | None:
 
 
 def same_answers(expected: Any, actual: Any) -> bool:
-    """Return whether logits are equal but for rounding."""
+    """Return whether logits are equal apart from rounding."""
     return bool(np.abs(expected - actual).max() <= _TOLERANCE * max(1.0, float(np.abs(expected).max())))

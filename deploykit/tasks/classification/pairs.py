@@ -1,4 +1,4 @@
-"""Read pairs of texts from files: which columns they are in, and one row at a time."""
+"""Read pairs of texts from files: find their columns, and yield one row at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def detect_pair(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_columns(facts: Classification, given: Sequence[str]) -> None:
-    """Raise UsageError for more text columns than the model reads texts; those of joined texts may be any number."""
+    """Raise UsageError for more text columns than the model reads; columns that are joined may be any number."""
     if not facts.pair and len(facts.text_columns) == 1 < len(given):
         raise UsageError(
             f"the model reads one text, and {len(given)} text columns are given",
@@ -43,7 +43,7 @@ def check_columns(facts: Classification, given: Sequence[str]) -> None:
 def paired(record: Record, columns: Sequence[str]) -> tuple[str, str] | None:
     """Return a record's pair: of two columns, a missing cell is empty; of one, the pair that it holds as JSON.
 
-    None where every cell is missing. Raises DataError naming the record whose cell holds no pair.
+    None if every cell is missing. Raises DataError naming the record whose cell is not a pair.
     """
     value = record.values.get(columns[0])
     cells: Sequence[object] = [record.values.get(column) for column in columns]

@@ -100,7 +100,7 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
 
 
 def probes(task: Classification, texts: Sequence[str]) -> list[str]:
-    """Return texts that tokenizers are known to treat differently: empty, long, other scripts; and some real ones.
+    """Return texts that tokenizers may treat differently: empty, long, other scripts; and some real texts.
 
     Of a model of pairs, they are pairs: each of these texts before and after another one.
     """

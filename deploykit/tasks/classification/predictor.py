@@ -1,4 +1,4 @@
-"""A classifier: strings in, probabilities out, in the process that calls it."""
+"""Classify texts in the calling process: strings in, probabilities out."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Classifier:
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 [texts, labels], in the order of ``texts`` and ``task.labels``.
 
-        A text's scores do not depend on the texts beside it. A pair is written as one text (``facts.as_text``). Raises
-        DataError for a text that is no pair, or has no token.
+        A text's scores do not depend on other texts. A pair is written as one text (``facts.as_text``). Raises
+        DataError for a text that is not a pair, or has no token.
         """
         with stage("tokenize"):
             encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
@@ -64,7 +64,7 @@ def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[s
 def load_classifier(folder: Path, task: Classification, engine: Engine, *, token_budget: int = 0) -> Classifier:
     """Assemble a classifier from a folder with a tokenizer.json and an engine already loaded.
 
-    ``token_budget`` bounds rows x padded length of one run of the engine; 0 is what suits it.
+    ``token_budget`` limits rows x padded length of one run of the engine; 0 is the engine's own default.
     """
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
     return Classifier(task, tokenizer, engine, token_budget=token_budget)

@@ -55,7 +55,7 @@ def choose(facts: Facts, *, batch: int = 0, accumulation: int = 1) -> Recipe:
 
 
 def kind_of(config: Any) -> Kind:
-    """Return what a model is, by its configuration: a decoder if transformers has a causal but no masked language model of
+    """Return the kind of a model from its configuration: a decoder if transformers has a causal but no masked language model of
     its type."""
     from transformers.models.auto import modeling_auto as known
 

@@ -1,4 +1,4 @@
-"""Rows of text and label: which columns they are in, and what their cells mean."""
+"""Read rows of text and label: find their columns, and interpret their cells."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class RawExample:
-    """A row as read; None is a missing text or label. ``text_pair`` is the second text of a pair. One with a ``problem`` is
+    """A row as read; None is a missing text or label. ``text_pair`` is the second text of a pair. A row with a ``problem`` is
     malformed."""
 
     text: str | None
@@ -75,7 +75,7 @@ class Example:
 
     @property
     def asked(self) -> str:
-        """The question to a model: the text, or the pair as one text."""
+        """The input of a model: the text, or the pair as one text."""
         return self.text if self.text_pair is None else as_text(self.text, self.text_pair)
 
 
@@ -100,8 +100,8 @@ def load_examples(
     both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
     "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
     ``labels``. Several ``label_columns`` have 0 or 1 (or false and true) each. With ``pair`` two text columns are the two
-    texts of a pair, and one holds pairs as JSON. Labels that differ only as 0 and 0.0 or True and true do are one, which
-    is logged: written as in ``known``, or else as the shortest of them. ``known`` is None where labels are numbers.
+    texts of a pair, and one column has pairs as JSON. Labels that differ only as 0 and 0.0 or True and true are merged, which
+    is logged: they are written as in ``known``, or else as the shortest of them. ``known`` is None if labels are numbers.
 
     Raises:
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
@@ -224,7 +224,7 @@ def check_labels(examples: Sequence[Example], known: Iterable[str], source: str,
 
 
 def check_numbers(examples: Sequence[Example], source: str) -> None:
-    """Raise DataError for the first label that is no finite number."""
+    """Raise DataError for the first label that is not a finite number."""
     for example in examples:
         try:
             finite = math.isfinite(float(example.label))
@@ -238,7 +238,7 @@ def check_numbers(examples: Sequence[Example], source: str) -> None:
 
 
 def validate(examples: Sequence[Example], source: str, *, multi_label: bool = False) -> None:
-    """Raise DataError when no row is left, or too few labels to tell apart (multi-label: none)."""
+    """Raise DataError if no row is left, or fewer than two labels (multi-label: none)."""
     if not examples:
         raise DataError(f"{source}: no usable rows", "give rows that have a text and a label")
     labels = sort_labels({name for e in examples for name in label_parts(e.label, multi_label=multi_label)})
@@ -259,7 +259,7 @@ def _label(record: Record, column: str) -> tuple[str, ...] | None:
 
 
 def _one_hot(record: Record, columns: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the names of the columns that have 1; None if one of them has nothing."""
+    """Return the names of the columns that have 1; None if a cell is empty."""
     found = []
     for column in columns:
         name, cell = normalize(column), (scalar(record.values.get(column)) or "").strip().lower()
@@ -277,9 +277,9 @@ def _one_hot(record: Record, columns: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _cell(record: Record, column: str, separator: str | None) -> object:
-    """Return a multi-label cell as it is, or the list that its text writes: '["a", "b"]', "['a', 'b']".
+    """Return a multi-label cell, or the list that its text represents: '["a", "b"]', "['a', 'b']".
 
-    Raises DataError for a text in brackets of several words that writes no list, such as NumPy's "['a' 'b']", unless a
+    Raises DataError for a text of several words in brackets that is not a list, such as NumPy's "['a' 'b']", unless a
     ``separator`` says how the cell is read.
     """
     value = record.values.get(column)
@@ -327,7 +327,7 @@ def _names(cell: object, separator: str, where: str) -> tuple[str, ...] | None:
 
 
 def _indicator_width(cells: Sequence[object], labels: Sequence[str], where: str) -> int:
-    """Return how many labels the cells tell by 0 and 1 for each, as in [0, 1, 0]; 0 where they hold names.
+    """Return the number of labels if the cells have a 0 or 1 for each, as in [0, 1, 0]; 0 if they have names.
 
     Raises DataError for lists of 0 and 1 of different lengths, and for lists of shares, such as [0.3, 0.7].
     """
@@ -368,7 +368,7 @@ def _indicated(cells: Sequence[object], width: int, labels: Sequence[str], where
 
 
 def _refuse_commas(cells: Sequence[object], where: str) -> None:
-    """Raise DataError where commas or semicolons, and no pipe, stand between names that occur in other cells too."""
+    """Raise DataError if commas or semicolons, and no pipe, separate names that also occur in other cells."""
     texts = {cell for cell in cells if isinstance(cell, str)}
     if any(LABEL_SEPARATOR in text for text in texts):
         return

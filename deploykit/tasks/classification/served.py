@@ -1,4 +1,4 @@
-"""Ask a classifier on a running server; the same interface as one in this process."""
+"""Classify texts with a model on a running server, through the same interface as in this process."""
 
 from __future__ import annotations
 

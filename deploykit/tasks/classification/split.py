@@ -28,7 +28,7 @@ def split(
 
     Labels are served from the rarest to the most common, each its share of every split (iterative
     stratification: Sechidis et al., ECML PKDD 2011). Every label is in training; one of three or more
-    groups is in every split too, unless a group of several labels stands in the way. The same rows
+    groups is in every split too, unless a group with several labels prevents it. The same rows
     in another order give the same splits.
 
     Args:

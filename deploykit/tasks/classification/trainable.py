@@ -1,4 +1,4 @@
-"""Refuse, before it is trained, a model that could not be served afterwards."""
+"""Refuse a model that could not be served, before it is trained."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LONGEST = 96  # tokens that the graph is tried with: longer ones take seconds, 
 
 
 def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:
-    """Return the classifier with ``token_types`` and ``pad_left`` in its facts, if its model needs them, once tried.
+    """Try the classifier, and return it with ``token_types`` and ``pad_left`` in its facts, if its model needs them.
 
     The model is run on texts of two lengths, alone and padded to one batch; then a small copy of it as a graph, on each
     engine, at those lengths and a longer one. Raises UsageError naming the model's type when it does not run, when padding

@@ -1,4 +1,4 @@
-"""The classification stage: labelled rows in, a text classifier out."""
+"""Train a text classifier on labelled rows."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ Answered = tuple[NDArray[Any], NDArray[np.float32]]
 """Truth and scores of rows."""
 _CALIBRATION_ROWS = 512
 _SAMPLES = 2
-"""Copies of each noise that are shown."""
+"""Number of copies of each noise that are shown."""
 _TRIED_TEXTS = 8
 _MEASURED_ROWS = 2000
-"""Training rows whose lengths are measured."""
+"""Number of training rows whose lengths are measured."""
 
 
 class ClassificationStage:
@@ -150,7 +150,7 @@ class ClassificationStage:
         return train, validated, tested
 
     def complete(self, rows: Rows[Example, Columns]) -> tuple[ClassificationOptions, Recipe]:
-        """Choose the options that are left to the run. Returns the whole options, and what was chosen."""
+        """Choose the options that the user did not set. Returns all options, and the chosen ones."""
         options = self._options
         chosen: dict[str, Choice] = {}
         if options.unset:
@@ -337,16 +337,16 @@ def by_tenths(rows: Sequence[Example]) -> list[Example]:
 
 
 def trained_labels(config: Any) -> tuple[str, ...]:
-    """Return what the trained head of a checkpoint answers, in the order of its outputs; () where there is no head."""
+    """Return the labels of a checkpoint's trained head, in the order of its outputs; () without a head."""
     if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
         return ()
     return labels_of(config)
 
 
 def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | None:
-    """Return ``labels`` in the order of a trained head that answers the same ones, else None.
+    """Return ``labels`` in the order of a trained head with the same labels, else None.
 
-    A head without names of its own (LABEL_0, LABEL_1) answers the numbers 0 and 1.
+    A head with default names (LABEL_0, LABEL_1) stands for the labels 0 and 1.
     """
     if list(head) == [f"LABEL_{i}" for i in range(len(head))] and set(labels) == {str(i) for i in range(len(head))}:
         return tuple(str(i) for i in range(len(head)))
@@ -354,7 +354,7 @@ def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | 
 
 
 def _initialize_head(model: Any) -> set[str]:
-    """Give fresh weights to all that comes after the model's encoder, and return their keys."""
+    """Initialize all weights after the model's encoder again, and return their keys."""
     keys = set()
     for name, part in model.named_children():
         if name != model.base_model_prefix:

@@ -88,7 +88,7 @@ class ClassificationBackend:
         return Rows(request, pair="TEXT_PAIR", join=as_text) if self._classifier.task.pair else Rows(request)
 
     def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError | DataError]:
-        """Return scores of each request's texts, all in one run; should that fail, each request in its own."""
+        """Return scores of each request's texts, in one run; if that fails, run each request separately."""
         try:
             scores = self._classifier.scores([text for group in groups for text in group])
         except Exception as error:
@@ -101,7 +101,7 @@ class ClassificationBackend:
         return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 
     def _scores_alone(self, rows: Rows) -> NDArray[np.float32]:
-        """Return scores of the texts that have any; the others' rows get their errors. Raises RefusedError when none has."""
+        """Return scores of the texts that can be classified; other rows get their errors. Raises RefusedError if no text has scores."""
         errors: dict[int, str] = {}
         found = []
         for row, text in zip(rows.good, rows.texts):

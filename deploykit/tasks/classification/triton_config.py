@@ -1,4 +1,4 @@
-"""Hold config.pbtxt of a classifier, as ``deploykit package`` writes it: the comments are for whoever edits it."""
+"""Template of config.pbtxt for a classifier, as ``deploykit package`` writes it; its comments help a user edit it."""
 
 from __future__ import annotations
 

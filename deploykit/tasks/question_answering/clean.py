@@ -15,7 +15,7 @@ from deploykit.text import is_blank, printable
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Counts of rows by what cleaning did to them. ``rows_read`` is ``rows_kept`` plus all dropped ones.
+    """Counts of rows by the result of cleaning. ``rows_read`` is ``rows_kept`` plus all dropped rows.
 
     The last four count what was kept: answers moved to the only place where they occur, answers without a position,
     rows with control characters or lone surrogates, and rows without an answer.
@@ -86,9 +86,9 @@ class _Counts:
 def clean(
     raw: Iterable[RawRow], tell: Callable[[str], None] = lambda problem: None
 ) -> tuple[list[Example], CleaningReport]:
-    """Drop rows that cannot teach anything, and answers that cannot be placed; join the answers of duplicate questions.
+    """Drop unusable rows, and answers without a position; join the answers of duplicate questions.
 
-    A row whose answers all have no place is dropped: it is not a question without an answer. ``tell`` is called with the
+    A row is dropped if none of its answers has a position: it is not a question without an answer. ``tell`` is called with the
     name of each row that is dropped, duplicates aside, and the reason.
     """
     counts = _Counts()

@@ -1,4 +1,4 @@
-"""Questions of an answerer to explain: what of question and context the answer comes from."""
+"""Explain answers to questions: find the words of question and context that led to the answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AnsweredQuestion:
     is_label = False
 
     def __init__(self, predictor: TextAnswerer, text: str, answer: str | None, unit: Unit) -> None:
-        """``answer`` is the one to explain, None for the best. Raises DataError if the model refuses the question or finds no
+        """``answer`` is the answer to explain, None for the best. Raises DataError if the model refuses the question or finds no
         such answer."""
         self._predictor = predictor
         self._question, self._context = map(printable, from_text(text))

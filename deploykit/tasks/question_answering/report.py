@@ -1,4 +1,4 @@
-"""Say what lies behind the metrics of a model that answers questions."""
+"""Analyse the errors of a model that answers questions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return what lies behind the metrics: slices, calibration, worst; with ``options.against`` drift.
+    """Measure, and return the analysis: slices, calibration, worst rows; with ``options.against`` drift.
 
     Raises DataError for a column to slice by that the rows do not have.
     """

@@ -35,7 +35,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read. ``answers`` are texts with their places, None where the row tells none; ``labelled`` is False when
+    """A row as read. ``answers`` are texts with their positions, None if the row has no answers; ``labelled`` is False if
     the source says nothing about answers. A row with a ``problem`` is malformed."""
 
     question: str | None
@@ -132,7 +132,7 @@ def _squad(source: str, text: str) -> Iterator[RawRow]:
 
 
 def _row(record: Record, labelled: bool) -> RawRow:
-    """Return a row of a table. Where ``answers`` is empty, ``answer`` counts."""
+    """Return a row of a table. If ``answers`` is empty, ``answer`` is used."""
     values, origin = record.values, record.origin
     impossible = _impossible(values, origin)
     if values.get("answers") not in (None, ""):
@@ -151,7 +151,7 @@ def _row(record: Record, labelled: bool) -> RawRow:
 
 
 def _impossible(values: Mapping[str, Any], origin: str) -> bool:
-    """Return whether a row says that its question has no answer. Raises DataError for what is neither true nor false."""
+    """Return whether a row says that its question has no answer. Raises DataError for a value that is neither true nor false."""
     value = values.get("is_impossible")
     known = {"": False, "false": False, "true": True}
     text = "" if value is None else str(value).strip().lower()

@@ -5,8 +5,8 @@ is a softmax over the context's tokens and the window's first token, which stand
 text, ignoring case and outer white space, are one answer: their probabilities are summed over positions and windows, and
 the position is the first one found. The probability of no answer is the lowest of all windows.
 
-The pipeline keeps a word with and without the space before it apart. With tokenizers that make a token of the space
-(SentencePiece's), it so splits a word's probability by where windows begin.
+In the pipeline a word with and without the space before it are different answers. With tokenizers that make a token of the space
+(SentencePiece's), the start of a window then decides to which of them a word's probability goes.
 
 Source: transformers 4.57, pipelines/question_answering.py (transformers 5 has no such pipeline).
 """

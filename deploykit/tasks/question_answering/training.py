@@ -106,7 +106,7 @@ class QuestionAnsweringStage:
         )  # fmt: skip
 
     def _decided(self, answerer: TorchAnswerer, rows: Rows[Example, tuple[()]], say: Say) -> QuestionAnswering:
-        """Return the facts with what only the validation rows can tell: whole words or not, and the threshold.
+        """Return the facts with the two values that are chosen on the validation rows: whole words or not, and the threshold.
 
         Without them, answers are whole words unless the options say otherwise, and the threshold is 0, as in Hugging Face's
         run_qa.py, where some training rows have no answer.

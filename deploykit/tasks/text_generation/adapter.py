@@ -1,4 +1,4 @@
-"""LoRA adapters of language models: new ones, and those that a run goes on from (``--init-adapter``)."""
+"""Create LoRA adapters of language models, or load the adapter that a run starts from (``--init-adapter``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULTS = {field.name: field.default for field in fields(TextGenerationOptions
 
 
 def with_adapter(model: Any, options: TextGenerationOptions, say: Say) -> Any:
-    """Return ``model`` with an adapter that alone is trained: a new one, or that of ``--init-adapter``.
+    """Return ``model`` with an adapter, the only part that is trained: a new one, or that of ``--init-adapter``.
 
     Raises ArtifactError when the latter's weights do not fit the model.
     """
@@ -32,7 +32,7 @@ def with_adapter(model: Any, options: TextGenerationOptions, say: Say) -> Any:
 def read_adapter(options: TextGenerationOptions) -> Any:
     """Return peft's ``LoraConfig`` of ``--init-adapter``.
 
-    Raises ArtifactError for a folder that holds no LoRA adapter, and UsageError for options that differ from it.
+    Raises ArtifactError for a folder without a LoRA adapter, and UsageError for options that differ from it.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -97,7 +97,7 @@ def _new(model: Any, options: TextGenerationOptions) -> Any:
 
 
 def moved(adapted: Any, model: Any) -> Any:
-    """Return ``model`` with the adapter of ``adapted``, which was trained beside other numbers of the same weights."""
+    """Return ``model`` with the adapter of ``adapted``, which was trained on the same weights in another precision."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = adapted.peft_config["default"]

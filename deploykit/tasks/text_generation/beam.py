@@ -16,7 +16,7 @@ from deploykit.runtime.token_distribution import top_tokens
 
 @dataclass(frozen=True)
 class Moves:
-    """The next hypotheses, best first: which row each goes on from, and with which token."""
+    """The next hypotheses, best first: the row that each continues, and its next token."""
 
     parents: list[int]
     tokens: list[int]

@@ -57,7 +57,7 @@ def calibrate_graph(graph: Path, token_ids: Sequence[Sequence[int]]) -> Calibrat
 
 
 def input_factors(graph: Path, token_ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
-    """Run rows of token ids through the fp32 ``graph``. Returns what compensated rounding needs of the inputs of its linear
+    """Run rows of token ids through the fp32 ``graph``. Returns the statistics for compensated rounding of the inputs of its linear
     layers, by the layer's name; none of layers with more than ``_WIDEST`` inputs, where it would take too long."""
     squares: dict[str, NDArray[np.float32]] = {}
 
@@ -72,7 +72,7 @@ def input_factors(graph: Path, token_ids: Sequence[Sequence[int]]) -> dict[str, 
 
 
 def static_int8(architecture: CausalArchitecture, graph: Path, ranges: Ranges) -> StaticInt8:
-    """Return what INT8 graphs are written from, for ``ranges`` of ``calibrate_graph``."""
+    """Return the source of INT8 graphs, for ``ranges`` of ``calibrate_graph``."""
     return StaticInt8(architecture, {n: ranges[first] for n, first in activations_of(graph).items() if first in ranges})
 
 

@@ -24,7 +24,7 @@ from deploykit.errors import DataError, UsageError
 Message = Mapping[str, Any]
 
 FILE = "chat_template.jinja"
-"""Of a checkpoint and of an export, as Hugging Face names it."""
+"""File name of the chat template in a checkpoint and in an export, as Hugging Face names it."""
 
 CHATML = (
     "{%- for message in messages -%}\n"
@@ -77,7 +77,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the text of a dialog. Raises DataError when the template refuses it: roles in a wrong order, say."""
+        """Return the text of a dialog. Raises DataError if the template refuses it, for example for roles in a wrong order."""
         try:
             return self._template.render(
                 messages=[_with_reasoning(message) for message in messages],

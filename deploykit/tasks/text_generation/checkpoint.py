@@ -38,7 +38,7 @@ _DECODED_BY = frozenset((
 
 _ROWS = 128
 _SCORED_TOKENS = 2048
-"""Most padded tokens of rows that are scored side by side, unless one row has more."""
+"""Maximum padded tokens of rows that are scored in one batch, unless one row has more."""
 
 
 class TorchCausalLm:
@@ -117,7 +117,7 @@ class TorchCausalLm:
         return order
 
     def supervised_logits(self, rows: Sequence[EncodedRow], pad: int) -> Iterator[NDArray[np.float32]]:
-        """Return the logits that predict supervised tokens of rows that are computed side by side: [supervised,
+        """Return the logits that predict supervised tokens of rows that are computed in one batch: [supervised,
         vocabulary] for each row."""
         longest = max(len(row.ids) for row in rows)
         ids, mask = np.full((len(rows), longest), pad, np.int64), np.zeros((len(rows), longest), np.int64)
@@ -301,7 +301,7 @@ def _read_gguf(path: str) -> Any:
 
 
 def chat_tokenizer(tokenizer: Any, eos_token_ids: Sequence[int]) -> ChatTokenizer:
-    """Return what encodes as Hugging Face's ``tokenizer`` does, without transformers."""
+    """Return an encoder that works as Hugging Face's ``tokenizer`` does, without transformers."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     return ChatTokenizer(copy, tokenizer.chat_template, special_tokens(tokenizer), eos_token_ids)
 
@@ -315,7 +315,7 @@ def checkpoint_facts(config: Any, generation: Any, tokenizer: Any, columns: Sequ
     """Return the facts of a checkpoint. Its answers end with each end token that its configuration, its tokenizer or its
     chat template writes, and they are decoded by its ``repetition_penalty``.
 
-    Raises ArtifactError where its generation configuration asks for what is not decoded by, sampling aside.
+    Raises ArtifactError if its generation configuration has a field that decoding does not support, apart from sampling.
     """
     refuse_unknown(generation, config.name_or_path or "the checkpoint", _DECODED_BY)
     ids = [generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id]
@@ -349,7 +349,7 @@ def end_of_turn(tokenizer: ChatTokenizer) -> list[int]:
 def set_template(tokenizer: Any, template: str | None, eos_token_ids: Sequence[int], *, needed: bool) -> list[str]:
     """Give a Hugging Face tokenizer the chat template ``template``, None: its own; return the tokens that were added.
 
-    Raises UsageError where one is ``needed`` and there is none, or where its answers have no end that a model could
+    Raises UsageError if one is ``needed`` and missing, or if its answers have no end that a model could
     write.
     """
     added: list[str] = []

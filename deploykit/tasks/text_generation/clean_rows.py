@@ -1,4 +1,4 @@
-"""Clean and split rows: what cannot be trained on is dropped and counted by its reason."""
+"""Clean and split rows: drop unusable rows, and count them by reason."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def clean_rows(
 ) -> tuple[list[Row], CleaningReport]:
     """Return the rows that can be trained on, in their order.
 
-    Of rows that say the same (but for case and white space) the first is kept; so it is of rows that answer the same
+    Of rows with the same text (apart from case and white space) the first is kept, and also of rows that answer the same
     prompt differently. Raises DataError for a long row if ``on_long`` is "error".
     """
     dropped = dict.fromkeys(_counts(), 0)
@@ -131,7 +131,7 @@ def clean_rows(
 
 
 def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str | None, str, EncodedRow | None]:
-    """Return why a row is dropped, what is wrong with it, and the row's ids where nothing is."""
+    """Return the reason why a row is dropped and its details, or the row's ids if it is kept."""
     row = item.row
     if item.problem is not None:
         return "unreadable", item.problem, None
@@ -149,7 +149,7 @@ def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str
 
 
 def _prompt_key(row: Row) -> str:
-    """Return a key that is equal for rows that ask the same: all but the last answer."""
+    """Return a key that is equal for rows with the same prompt: the row without its last answer."""
     if row.text is not None:
         return duplicate_key(row.text)
     parts = [f"{m['role']}: {duplicate_key(content_text(m))}" for m in row.messages[:-1]]
@@ -161,7 +161,7 @@ def split_rows(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Return training, validation and test rows. Rows whose prompts are near duplicates are never in two of them.
 
-    Where a row goes depends on its prompt and the seed alone, so that more rows do not move it.
+    The split of a row depends only on its prompt and the seed, so additional rows do not move it.
     """
     if validation + test >= 1:
         raise UsageError(

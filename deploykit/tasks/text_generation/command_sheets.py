@@ -1,6 +1,6 @@
 """Fetch pairs of a description and a shell command without a hub: the cheat sheets inside two PyPI source archives.
 
-The sheets are under GPL-3.0 and MIT (cheat) and MIT (eg): fetched to train an example on, never passed on.
+The sheets are under GPL-3.0 and MIT (cheat) and MIT (eg): they are fetched to train an example, and not redistributed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLACEHOLDER = re.compile(r"<([A-Za-z][\w./ -]*)>")
 def fetch_command_pairs(out: Path, cheat: Sdist = CHEAT, eg: Sdist = EG) -> Path:
     """Fetch the sheets to the folder ``out`` and write out/pairs/commands.jsonl: objects with "prompt" and "completion".
 
-    What is there from an earlier call is reused. Raises DeploykitError when an archive cannot be downloaded or is not
+    Files of an earlier call are reused. Raises DeploykitError when an archive cannot be downloaded or is not
     the expected one.
     """
     pairs = out / "pairs"

@@ -1,8 +1,8 @@
 """Decode the answers to many prompts together: requests join and leave the batch between two steps.
 
-A row's answer is the same in any company, to the bit. Each row attends to its own caches only, and matrix products treat
-the tokens of a call alike if there are at least two. ONNX Runtime's attention computes queries in blocks, of a multiple of
-16 tokens (twice the head size), and one that is left over would be treated as one alone. So a prompt is never read in parts
+A row's answer does not depend on other rows, to the bit. Each row attends to its own caches only, and matrix products treat
+all tokens of a call in the same way if there are at least two. ONNX Runtime's attention computes queries in blocks, of a multiple of
+16 tokens (twice the head size), and a single remaining query would be computed like a lone one. So a prompt is never read in parts
 of 1, 17, 33, ... tokens, unless it has only one.
 """
 
@@ -32,19 +32,19 @@ Finish = Literal["eos", "stop", "length"]
 
 _QUERY_BLOCK = 16
 _PROMPT_TOKENS = 512
-"""Most tokens of prompts that are read between two steps while no row waits for the next one."""
+"""Maximum number of prompt tokens that are read between two steps if no row is running."""
 _PROMPT_TOKENS_BETWEEN = 64
-"""The same while rows wait."""
+"""The same while rows are running."""
 _PROMPT_TOKENS_BESIDE = 128
-"""The same in one pass with the rows' next tokens: less would let prompts wait long, more would slow the rows down."""
+"""The same in one pass with the rows' next tokens: fewer tokens would delay prompts, more would slow the rows down."""
 
 
 @dataclass(eq=False)
 class Answer:
     """An answer that is being generated, or one hypothesis of a beam search, of which all share ``beams``.
 
-    ``text`` grows by whole characters, and never holds a part of a stop string.
-    ``total_logprob`` is the sum of its tokens' log-probabilities, if these or ``best_of`` were asked for.
+    ``text`` grows by whole characters, and never contains a part of a stop string.
+    ``total_logprob`` is the sum of its tokens' log-probabilities, if these or ``best_of`` were requested.
     """
 
     query: Query
@@ -64,10 +64,10 @@ class Answer:
 @dataclass(eq=False)
 class Query:
     """A prompt, and the answers that are generated to it, each with one of the ``constraints`` if there are any.
-    ``on_tokens`` is called after a step that brought tokens.
+    ``on_tokens`` is called after a step with new tokens.
 
     ``error``: why it has no answers: its constraint became too complex to follow.
-    ``prompt_logprobs``: also find those of the prompt's tokens, of which the first has none.
+    ``prompt_logprobs``: also compute those of the prompt's tokens; the first token has none.
     """
 
     prompt: Sequence[int]
@@ -90,7 +90,7 @@ class Query:
         return bool(self.answers) and all(answer.finish is not None for answer in self.answers)
 
     def kept(self) -> list[Answer]:
-        """Return the answers, once they are done: of more than ``n`` those of the highest mean log-probability."""
+        """Return the finished answers: of more than ``n`` those with the highest mean log-probability."""
         if len(self.answers) <= self.sampling.n:
             return self.answers
         return sorted(self.answers, key=lambda answer: -answer.total_logprob / max(len(answer.ids), 1))[
@@ -100,7 +100,7 @@ class Query:
 
 @dataclass(frozen=True)
 class _Part:
-    """Tokens of a prompt to read, from the place ``start`` on. ``whole``: the last ones. ``area``: the prompt area for
+    """Tokens of a prompt to read, from the position ``start`` on. ``whole``: the part ends the prompt. ``area``: the prompt area for
     them, of a model that has several."""
 
     query: Query
@@ -174,13 +174,13 @@ class Decoder:
             )
 
     def add(self, query: Query) -> None:
-        """Append a query that was checked to the waiting ones."""
+        """Append a checked query to the waiting ones."""
         self.waiting.append(query)
 
     def step(self, *, steadily: bool = True) -> list[Query]:
-        """Read parts of prompts, give every row a token, and return the queries that are done.
+        """Read parts of prompts, generate a token for every row, and return the finished queries.
 
-        ``steadily``: read little of the prompts while rows run, so that their tokens come at an even pace. Otherwise
+        ``steadily``: read small parts of prompts while rows run, so that their tokens arrive at an even pace. Otherwise
         rows are filled first, so that fewer steps are needed in all.
         """
         self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
@@ -207,7 +207,7 @@ class Decoder:
         return [query for query in grown if query.done]
 
     def _step_rows(self, parts: Sequence[_Part]) -> Logits:
-        """Give every row a token, and more where guesses of the next ones are right, and read ``parts`` in the same pass.
+        """Generate a token for every row, and more if guesses of the next ones are right, and read ``parts`` in the same pass.
         Returns the logits wanted of these."""
         guesses = self._guesses()
         if any(guesses):
@@ -245,9 +245,9 @@ class Decoder:
         return found
 
     def _try(self, guesses: Sequence[list[int]], parts: Sequence[_Part]) -> Logits:
-        """Give each row the tokens that it chooses itself after those of its guess that it has chosen itself.
+        """Append to each row the guessed tokens that it chooses itself, and the token that it chooses after them.
 
-        Its logits do not depend on what is computed beside them, so it gets the same tokens as without guesses.
+        A row's logits do not depend on other tokens of the pass, so it gets the same tokens as without guesses.
         """
         assert self._mixing is not None
         tokens = [[answer.ids[-1], *guess] for answer, guess in zip(self.running, guesses)]
@@ -314,7 +314,7 @@ class Decoder:
         return query
 
     def _take_all(self, parts: Sequence[_Part], logits: Logits) -> Iterator[Query]:
-        """Note that parts were read in one pass; ``logits`` are those wanted. Yields the queries whose answers begin."""
+        """Record that parts were read in one pass; ``logits`` are those wanted. Yields the queries whose answers begin."""
         assert self._mixing is not None
         start = 0
         for part in parts:
@@ -325,7 +325,7 @@ class Decoder:
         self._mixing.release_others()
 
     def _take(self, part: _Part, logits: Logits) -> bool:
-        """Note that a part was read; ``logits`` are those wanted. Begins the answers to a prompt that was read whole, and
+        """Record that a part was read; ``logits`` are those wanted. Starts the answers to a prompt that is read completely, and
         returns whether it was."""
         query = part.query
         if query.prompt_logprobs:
@@ -410,7 +410,7 @@ class Decoder:
             query.answers.append(answer)
 
     def _extend(self, answer: Answer, logits: NDArray[np.float32]) -> None:
-        """Choose the next token of an answer, and see whether it ends the answer."""
+        """Choose the next token of an answer, and check whether it ends the answer."""
         query, sampling, ids = answer.query, answer.query.sampling, answer.ids
         if query.error is not None:
             return
@@ -470,7 +470,7 @@ def _for_model(parts: Sequence[_Part]) -> list[Part]:
 
 
 def _part(rest: int, most: int) -> int:
-    """Return how many of the ``rest`` tokens of a prompt to read now: about ``most``, a multiple of ``PREFIX_BLOCK``."""
+    """Return the number of the ``rest`` tokens of a prompt to read now: about ``most``, a multiple of ``PREFIX_BLOCK``."""
     if rest > most:
         return most if rest > most + 1 else most - 2
     return rest - 2 if rest % _QUERY_BLOCK == 1 and rest > 1 else rest

@@ -16,11 +16,11 @@ from deploykit.tasks.text_generation.packing import IGNORED
 from deploykit.training.source import check_source
 
 _LOGITS_AT_ONCE = 1 << 23
-"""Of a teacher, so that memory does not grow with batch and vocabulary: 32 MB in fp32."""
+"""Number of logits of a teacher at a time, so that memory does not grow with batch and vocabulary: 32 MB in fp32."""
 
 
 class Teacher:
-    """A checkpoint of a language model. ``share`` of the loss is its, the rest that of the tokens (Hinton et al., 2015)."""
+    """A checkpoint of a language model. ``share`` is the teacher's part of the loss; the tokens have the other part (Hinton et al., 2015)."""
 
     def __init__(self, model: Any, share: float, temperature: float) -> None:
         self.model = model.requires_grad_(False)
@@ -61,7 +61,7 @@ class Teacher:
 
 
 class _InParts(torch.autograd.Function):  # type: ignore[misc]
-    """A sum over rows that computes its gradient on the way: what each part needs is freed before the next."""
+    """A sum over rows that also computes its gradient, so that the memory of each part is freed before the next."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, loss_of: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
@@ -84,7 +84,7 @@ class _InParts(torch.autograd.Function):  # type: ignore[misc]
 
 
 def check_teacher(teacher: str, tokenizer: Any, facts: TextGeneration, max_length: int) -> None:
-    """Raise an error for a teacher that is no checkpoint, or whose tokens are others than those of ``tokenizer``."""
+    """Raise an error for a teacher that is not a checkpoint, or whose tokens differ from those of ``tokenizer``."""
     path = Path(teacher)
     if path.is_dir() and any(path.glob("*.onnx")):
         raise UsageError(

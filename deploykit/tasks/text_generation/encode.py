@@ -29,8 +29,8 @@ OnLong = Literal["drop", "truncate", "split", "error"]
 class EncodedRow:
     """``ids`` int64 [tokens]; ``supervised`` bool [tokens], by position: whether the loss counts the token.
 
-    ``rewritten``: answers of earlier turns that are not supervised, because the template writes them otherwise once the
-    dialog goes on (it drops their reasoning, say), so that the model never has to write them like that.
+    ``rewritten``: answers of earlier turns that are not supervised, because the template rewrites them when the
+    dialog continues (for example without their reasoning), so that the model never has to write them like that.
     ``joined``: whether the first token of an answer begins in the prompt, so that it is not supervised.
     """
 
@@ -41,7 +41,7 @@ class EncodedRow:
 
     @classmethod
     def of_answer(cls, prompt: Sequence[int], answer: Sequence[int]) -> EncodedRow:
-        """Return the tokens of a prompt and of its answer, which alone is supervised."""
+        """Return the tokens of a prompt and of its answer; only the answer is supervised."""
         return cls(np.array([*prompt, *answer], np.int64), np.arange(len(prompt) + len(answer)) >= len(prompt))
 
 
@@ -76,14 +76,14 @@ class ChatTokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are no text: they may end a turn."""
+        """Tokens that are not text, and may end a turn."""
         added = self.tokenizer.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special) | {*self.eos_token_ids}
 
     def encode_prompt(
         self, messages: Sequence[Message] | str, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues.
+        """Return the ids of a prompt: a dialog that the model answers, or a plain text that it continues.
 
         Raises DataError when the template refuses the dialog, or would leave out the tools.
         """
@@ -96,7 +96,7 @@ class ChatTokenizer:
         return self._prompt_ids(text, add_special_tokens=False)
 
     def placed(self, prompt: Sequence[Message] | str) -> tuple[str, list[int], list[tuple[int, int]]]:
-        """Return a prompt as it is written, the ids of ``encode_prompt``, and each token's place in the text."""
+        """Return a prompt's text, the ids of ``encode_prompt``, and each token's position in the text."""
         plain = isinstance(prompt, str)
         text = prompt if isinstance(prompt, str) else self._chat().render(prompt, add_generation_prompt=True)
         encoding = self._encode(text, add_special_tokens=plain)
@@ -153,7 +153,7 @@ class ChatTokenizer:
         return next(ended, found[-1] if found and text.startswith(answered) else None)
 
     def _end_of_turn(self, row: Row, index: int, answered: str) -> int:
-        """Return up to where ``answered``, the dialog up to an answer, is written whether or not it goes on."""
+        """Return the position up to which ``answered``, the dialog up to an answer, does not change when the dialog continues."""
         try:
             going_on = self._chat().render(row.messages[: index + 1], add_generation_prompt=True, tools=row.tools)
         except DataError:  # it wants another role's message next

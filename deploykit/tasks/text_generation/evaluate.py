@@ -1,4 +1,4 @@
-"""Measure a language model on rows: what it thinks of the right answers, and what it answers itself."""
+"""Measure a language model on rows: the probabilities of the right answers, and its own answers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _LEAST_ROOM = 16
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Rows to measure on. ``encoded`` has all tokens of each, ``prompts`` the ids that the model has to go on from;
-    of plain texts, which ask nothing, there are none."""
+    """Rows to measure on. ``encoded`` has all tokens of each, ``prompts`` the ids that the model continues;
+    plain texts have no prompts."""
 
     rows: list[Row]
     encoded: list[EncodedRow]

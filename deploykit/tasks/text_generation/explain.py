@@ -1,4 +1,4 @@
-"""Prompts of a language model to explain: which of their words an answer comes from."""
+"""Explain answers of a language model: find the words of the prompt that led to the answer."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class DifferentiablePrompt(AnsweredPrompt):
 
 
 def explained_text(generator: TextGenerator, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
-    """Return a prompt to be explained by ``method``; "auto" is occlusion, which language models' answers bear better.
+    """Return a prompt to be explained by ``method``; "auto" is occlusion, which works better for language models.
 
     Raises UsageError if ``method`` needs a checkpoint, MissingDependencyError if it needs captum.
     """

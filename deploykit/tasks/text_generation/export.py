@@ -58,7 +58,7 @@ _COMPENSATED_ROWS = 128
 _PARITY_ROWS = 16
 _PARITY_TOKENS = 32
 _LOGIT_DIFFERENCE = 1e-3
-"""Of logits, relative to the largest."""
+"""Largest difference of logits, relative to the largest logit."""
 _TIE = 1e-4
 """If the two likeliest tokens are closer than this, relative to the largest logit, rounding may choose either."""
 
@@ -73,7 +73,7 @@ def write(
 ) -> Written:
     """Write the graphs of a language model and what serving them needs to ``directory``.
 
-    INT8 rounds activations as they come; with an option of calibration, by ranges of ``saved`` or of calibration rows.
+    INT8 quantizes activations dynamically; with a calibration option, by ranges of ``saved`` or of calibration rows.
     """
     if options.trt is not None:
         raise UsageError(f"--trt is not for language models, and {checkpoint} is one", "leave it out")
@@ -128,7 +128,7 @@ def _write_gguf(
     grader: LanguageModelGrader,
     say: Say,
 ) -> None:
-    """Write a GGUF file, and measure it as transformers reads it, which is not by the code that wrote it."""
+    """Write a GGUF file, and measure it as transformers reads it, independently of the code that wrote it."""
     path = directory / gguf_name(kind)
     say(f"writing {path.name}, and reading it back")
     write_gguf(reference.torch_model, reference.hf_tokenizer, reference.task.eos_token_ids, kind, path)
@@ -185,7 +185,7 @@ def _learn_inputs(
     loss: str,
     say: Say,
 ) -> bool:
-    """Have ``rounding`` compensate errors on calibration rows. Returns whether there are any: those to measure on are none."""
+    """Let ``rounding`` compensate errors on calibration rows. Returns False without such rows; rows to measure on are not used."""
     if options.calibration in SPLITS and not (checkpoint / "splits" / f"{options.calibration}.jsonl").is_file():
         return False
     rows = evenly(calibration_texts(checkpoint, task, options), _COMPENSATED_ROWS)
@@ -203,7 +203,7 @@ def _calibrated(
     options: ExportOptions,
     say: Say,
 ) -> tuple[StaticInt8, dict[str, Any]]:
-    """Calibrate the fp32 graph, after SmoothQuant if that is asked for. Returns also what the manifest says of it."""
+    """Calibrate the fp32 graph, after SmoothQuant if requested. Also returns the record for the manifest."""
     graph = standard_graph(directory, "fp32")
     activations = set(activations_of(graph).values())
     if saved is None:
@@ -262,8 +262,8 @@ def _save_tokenizer(reference: TorchGenerator, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the fp32 graph compares with PyTorch: the largest difference of logits, relative to the largest logit, over
-    ``rows`` rows; and of ``tokens`` greedily generated ones, how many are ``equal``, those after a tie left out."""
+    """Differences of the fp32 graph from PyTorch: the largest difference of logits, relative to the largest logit, over
+    ``rows`` rows; and of ``tokens`` greedily generated tokens the number of ``equal`` ones, without those after a tie."""
 
     rows: int
     difference: float
@@ -345,7 +345,7 @@ def _as_transformers(reference: TorchGenerator, row: Row, encoded: EncodedRow) -
 def _greedy_parity(
     reference: LocalGenerator, graph: LocalGenerator, prompts: Sequence[list[int]]
 ) -> tuple[int, int, int]:
-    """Return the tokens that both generate up to the first tie, how many of them are equal, and answers that part at a tie."""
+    """Return the number of tokens that both generate up to the first tie, the number of equal ones, and of answers that differ from a tie on."""
     sampling = Sampling(max_new_tokens=_PARITY_TOKENS)
     short = [prompt[: reference.task.max_length - 1] for prompt in prompts]
     answers = zip(short, reference.generate(short, sampling), graph.generate(short, sampling))

@@ -1,4 +1,4 @@
-"""QLoRA: train an adapter beside weights of 4 bits (Dettmers et al., NeurIPS 2023), with bitsandbytes on a GPU."""
+"""QLoRA: train an adapter on top of 4-bit weights (Dettmers et al., NeurIPS 2023), with bitsandbytes on a GPU."""
 
 from __future__ import annotations
 

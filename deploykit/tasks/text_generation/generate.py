@@ -1,4 +1,4 @@
-"""Answer many rows with a language model: in order, and taken up again where a killed run stopped."""
+"""Answer many rows with a language model, in order; a killed run is continued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PROMPT_COLUMNS = (_MESSAGES, "prompt", "question", "instruction", "query", "inp
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """``raw``: continue the prompt as it stands, without the chat template. ``system``: what the system message says."""
+    """``raw``: continue the prompt as it is, without the chat template. ``system``: text of the system message."""
 
     sampling: Sampling
     raw: bool = False
@@ -38,7 +38,7 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt, or the ``problem`` that keeps it from being one."""
+    """A prompt, or the ``problem`` that makes it unusable."""
 
     origin: str
     prompt: Prompt = ""

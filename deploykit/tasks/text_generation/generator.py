@@ -22,14 +22,14 @@ Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text to continue, the messages of a dialog to answer, or an object of such ``messages`` and of ``tools``."""
 
 _CHUNK = 512
-"""Most tokens of a row that one call reads: their logits over the whole vocabulary are in memory at once."""
+"""Maximum number of tokens of a row that one call reads: their logits over the whole vocabulary are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Generated:
     """One answer. ``tokens`` counts the generated ones, the end token included. ``finish`` is "length" where
     ``max_new_tokens`` or the context ended it. ``logprobs`` has a record for each token (``TokenLogprob.record``), if
-    ``Sampling.logprobs`` asks for them."""
+    ``Sampling.logprobs`` requests them."""
 
     text: str
     finish: Finish
@@ -55,7 +55,7 @@ class TextGenerator(Protocol):
         called with the number of answers that arrived."""
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
+        """Yield the pieces of one answer as they arrive. Raises DataError for a prompt that is refused."""
 
     def answer_logprobs(self, prompts: Sequence[Prompt], answer: Sequence[int]) -> list[float]:
         """Return the log-probability of the tokens of ``answer`` after each prompt. An empty text stands for the beginning
@@ -112,7 +112,7 @@ class LocalGenerator:
         return [ids if isinstance(ids, DataError) else next(found) for ids in encoded]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
+        """Yield the pieces of one answer as they arrive. Raises DataError for a prompt that is refused."""
         sampling = sampling or self.task.sampling
         ids = self.prompt_ids(prompt)
         query = self.query(ids, sampling)
@@ -179,7 +179,7 @@ class LocalGenerator:
 
     def query(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Query:
         """Return a query for the decoder. Raises DataError as ``check`` does, and UsageError for sampling options that
-        do not fit the model, or that no text fits."""
+        do not fit the model, or that no text can match."""
         self.check(prompt, sampling)
         constraints = [self.grammars.constraint(sampling) for _ in range(sampling.candidates)]
         return Query(prompt, sampling, [found for found in constraints if found is not None], **more)

@@ -1,4 +1,4 @@
-"""Measure how a form of a language model scores right answers, beside the checkpoint."""
+"""Compare how a form of a language model and the checkpoint score right answers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 
 class Grammars:
-    """Compile what requests constrain answers to, for one tokenizer.
+    """Compile the constraints of requests, for one tokenizer.
 
     ``vocabulary``: width of the model's logits, which may exceed the number of the tokenizer's tokens.
     """
@@ -102,7 +102,7 @@ class Grammars:
 
 
 class Constraint:
-    """The ways in which one answer may go on. It belongs to that answer."""
+    """The constraint of one answer, with its state."""
 
     def __init__(self, matcher: LLMatcher, name: str) -> None:
         self._matcher = matcher
@@ -114,14 +114,14 @@ class Constraint:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def can_begin(self) -> bool:
-        """Return whether any text fits, an empty one included."""
+        """Return whether any text matches, including the empty text."""
         allowed = any(self._matcher.compute_bitmask())
         return allowed and not self._matcher.is_error()
 
     def mask(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a copy of float32 [vocabulary] with -inf at the tokens that are not allowed next.
 
-        Raises UsageError where the constraint is too complex to follow.
+        Raises UsageError if the constraint is too complex to follow.
         """
         bits = self._bits()[: len(logits)]
         masked = np.full_like(logits, -np.inf)

@@ -89,7 +89,7 @@ def answer_measure(
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 1 if both are equal but for white space at the ends, else 0."""
+    """Return 1 if both are equal apart from white space at the ends, else 0."""
     return float(answer.strip() == reference.strip())
 
 
@@ -103,7 +103,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def extracted(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return what ``pattern`` finds last in ``text``, without commas and outer white space: "1,000" is "1000"."""
+    """Return the last match of ``pattern`` in ``text``, without commas and outer white space: "1,000" is "1000"."""
     matches = list(pattern.finditer(text))
     if not matches:
         return None

@@ -19,9 +19,9 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class TextGenerationOptions(FinetuneOptions):
-    """``batch_tokens`` bounds the tokens of a batch; with ``packing`` rows stand one after another in it without padding,
-    each seeing itself alone. ``chat_template`` names a built-in template or a file, in place of the checkpoint's own.
-    ``max_length`` 0 is ``DEFAULT_LENGTH``, or the model's context where that is less.
+    """``batch_tokens`` limits the tokens of a batch; with ``packing`` the rows of a batch are concatenated without padding,
+    and each attends only to itself. ``chat_template`` names a built-in template or a file that replaces the checkpoint's own.
+    ``max_length`` 0 is ``DEFAULT_LENGTH``, or the model's context if that is shorter.
     ``eval_rows`` held-out rows are answered, before and after training; all are scored."""
 
     task: str = TextGeneration.name

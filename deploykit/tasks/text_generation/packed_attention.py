@@ -32,7 +32,7 @@ def packed_attention(
     """Return what transformers' attention named "sdpa" does. The arguments are those of transformers.
 
     ``query`` [1, heads, tokens, head size]; ``attention_mask`` bool [1, 1, tokens, tokens] is causal, and true where a
-    token sees another. A row begins where a token does not see the one before it; it may see a beginning that all share.
+    token attends to another. A row begins where a token does not attend to the one before it; it may attend to a prefix that all rows share.
     """
     tokens = query.shape[2]
     if attention_mask is None or attention_mask.shape != (1, 1, tokens, tokens) or key.shape[2] != tokens:

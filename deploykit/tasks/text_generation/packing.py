@@ -1,8 +1,8 @@
 """Batches of rows: packed one after another without padding, or padded side by side.
 
-Packed rows do not see each other: positions begin anew with each row, and transformers builds the attention mask from
-them (``find_packed_sequence_indices``), for sliding windows as well. Where the rows of a batch begin alike, as the system
-message makes them, that beginning can stand in it once, and the mask says who sees it.
+Packed rows do not attend to each other: positions restart with each row, and transformers builds the attention mask from
+them (``find_packed_sequence_indices``), also for sliding windows. If the rows of a batch share a prefix, such as the system
+message, the batch contains it once, and the mask says which tokens attend to it.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class EncodedRows(Dataset):  # type: ignore[misc]
 class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
     """Batches of at most ``most`` tokens, unless one row has more; padding counts unless they are ``packed``.
 
-    How many rows of which length stand in a batch is the same in every epoch; which rows, and the order of the batches,
-    is drawn anew. Of ``processes`` that train together, each has a turn's ``process``-th batch; where the last turn has too
-    few, one that changes nothing.
+    The number of rows of each length in a batch is the same in every epoch; the rows, and the order of the batches,
+    are drawn again. Of ``processes`` that train together, each has the ``process``-th batch of a turn; if the last turn has too
+    few batches, a process gets one that changes nothing.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def _padded(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def row_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Return how many tokens the rows of a batch have, without padding; a shared beginning counts in each row."""
+    """Return the number of tokens of the rows of a batch, without padding; a shared prefix counts in each row."""
     if "position_ids" not in batch:
         return int(batch["attention_mask"].sum())
     positions = batch["position_ids"][0]
@@ -123,7 +123,7 @@ def labels_of(row: EncodedRow) -> list[int]:
 
 
 def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-    """Lay rows one after another: input_ids, position_ids and labels, int64 [1, tokens of all]."""
+    """Concatenate rows: input_ids, position_ids and labels, int64 [1, tokens of all]."""
     return {
         "input_ids": torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],
         "position_ids": torch.cat([torch.arange(len(row.ids)) for row in rows])[None],
@@ -132,8 +132,8 @@ def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
 
 
 def pack_sharing(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-    """Lay rows as ``pack`` does, but a beginning which all rows have stands once: ``attention_mask``, bool [1, 1, tokens, tokens], is
-    true where a token sees another. Loss and gradients are those of ``pack``."""
+    """Concatenate rows as ``pack`` does, but write a prefix that all rows share once: ``attention_mask``, bool [1, 1, tokens, tokens], is
+    true where a token attends to another. Loss and gradients equal those of ``pack``."""
     shared = shared_beginning(rows)
     if not shared:
         return pack(rows)
@@ -152,7 +152,7 @@ def pack_sharing(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
 
 
 def shared_beginning(rows: Sequence[EncodedRow]) -> int:
-    """Return how many tokens all rows begin with alike, up to the one before the first that is supervised in any: that
+    """Return the number of tokens of the prefix that all rows share, up to the token before the first supervised one: that
     one is predicted within its own row."""
     if len(rows) == 1:
         return 0
@@ -165,9 +165,9 @@ def shared_beginning(rows: Sequence[EncodedRow]) -> int:
 
 
 def pad(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Lay rows side by side, padded on the right: input_ids, attention_mask and labels, int64 [rows, tokens of the longest].
+    """Stack rows, padded on the right: input_ids, attention_mask and labels, int64 [rows, tokens of the longest].
 
-    What is padding goes by position: the pad token may be one that ends answers.
+    Padding is recognized by its position, because the pad token may also end answers.
     """
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id)

@@ -1,4 +1,4 @@
-"""Keep the caches of prompts' beginnings, so that what prompts share is computed once."""
+"""Keep the caches of prompt prefixes, so that shared prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PREFIX_BLOCK = 32
 
 
 class Prefixes:
-    """Caches of the prompts' beginnings, by blocks of tokens; those used least recently make room for new ones."""
+    """Caches of prompt prefixes, by blocks of tokens; the least recently used make room for new ones."""
 
     def __init__(self, most_tokens: int) -> None:
         self.most_tokens = most_tokens // PREFIX_BLOCK * PREFIX_BLOCK
         self._blocks: OrderedDict[bytes, Any] = OrderedDict()
 
     def restore(self, model: CausalLm, prompt: Sequence[int]) -> int:
-        """Put the known beginning of ``prompt`` into the prompt area. Returns the number of its tokens.
+        """Put the known prefix of ``prompt`` into the prompt area. Returns the number of its tokens.
 
         At least two tokens are left to read.
         """
@@ -37,7 +37,7 @@ class Prefixes:
         return read
 
     def learns(self, prompt: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
-        """Return whether more of the beginning of ``prompt`` will be known when one of ``others`` is stored."""
+        """Return whether a longer prefix of ``prompt`` will be known when one of ``others`` is stored."""
         if not others:
             return False
         for end, key in _keys(prompt[: min(max(0, len(prompt) - 2), self.most_tokens)]):
@@ -46,7 +46,7 @@ class Prefixes:
         return False
 
     def store(self, model: CausalLm, prompt: Sequence[int]) -> None:
-        """Store what the prompt area holds, the caches of ``prompt``."""
+        """Store the contents of the prompt area, the caches of ``prompt``."""
         for end, key in _keys(prompt[: self.most_tokens]):
             if key in self._blocks:
                 self._blocks.move_to_end(key)

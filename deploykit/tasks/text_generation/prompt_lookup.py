@@ -1,6 +1,6 @@
 """Guess an answer's next tokens from repetitions in prompt and answer.
 
-Where the last tokens occurred before, what came after them is the guess. Source: Saxena, "Prompt Lookup Decoding" (2023),
+The guess is the text that followed an earlier occurrence of the last tokens. Source: Saxena, "Prompt Lookup Decoding" (2023),
 the idea behind ``prompt_lookup_num_tokens`` of Hugging Face's ``generate``.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _GRAM = 3
-"""Tokens that must occur again."""
+"""Number of last tokens that must have occurred before."""
 _MOST = 8
-"""Tokens of a guess: more would often take the places of other answers' guesses in vain."""
+"""Maximum tokens of a guess: more would often displace the guesses of other answers without success."""
 _LEAST_SHARE = 0.1
-"""Of guessed tokens that were right; below it guessing rests, since a step with guesses takes longer."""
+"""Least share of right guesses; below it guessing pauses, because a step with guesses takes longer."""
 _REST = 32
-"""Tokens for which guessing rests."""
+"""Number of tokens for which guessing pauses."""
 
 
 class PromptLookup:
@@ -43,7 +43,7 @@ class PromptLookup:
         return [] if place is None else self._tokens[place : place + min(most, _MOST)]
 
     def learn(self, guessed: int, right: int) -> None:
-        """Take note of how many of the ``guessed`` tokens were ``right``."""
+        """Record how many of the ``guessed`` tokens were ``right``."""
         if guessed:
             self._share += 0.25 * (right / guessed - self._share)
             if self._share < _LEAST_SHARE:

@@ -73,7 +73,7 @@ def quantized_forms(
     """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations, and ``rounding``
     is not theirs.
 
-    Those of ``native`` are left out where it does not run, or not this model: they could not be measured.
+    Forms for ``native`` are left out if it does not run here or does not support this model: they could not be measured.
     """
     wanted: list[tuple[Precision, Bits]] = []
     wanted += [("int8", 8)] if options.int8 else []
@@ -120,9 +120,9 @@ def quantize(
     forms: Sequence[Form], parts: Sequence[str], options: ExportOptions, grader: LanguageModelGrader,
     trace: MeasurementLog, say: Say, compensate: Callable[[str], bool],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the forms. Returns what the manifest says of them, by precision; those of ``native`` are under its name.
+    """Write the forms. Returns their records for the manifest, by precision; those of ``native`` are under its name.
 
-    ``compensate`` has weights rounded by the layers' inputs, for the loss that it is given in words, and returns whether that
+    ``compensate`` rounds weights again by the layers' inputs; its argument is a text about the loss. It returns whether that
     changed anything.
     """
     found: dict[str, Any] = {"search": {}}
@@ -144,7 +144,7 @@ def _hold_limit(
     say: Say,
     compensate: Callable[[str], bool],
 ) -> Search | None:
-    """Write a form; where it loses too much, with weights rounded by the layers' inputs, and if that is not enough, with the
+    """Write a form. If it loses too much, round the weights by the layers' inputs, and if that is not enough, keep the
     most sensitive parts of the model in a higher precision."""
 
     def write(kept: Collection[str]) -> Line:

@@ -1,4 +1,4 @@
-"""Say what lies behind a language model's metrics."""
+"""Analyse a language model's errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return what lies behind the metrics: slices and worst, of rows that ask something also calibration; with
+    """Measure, and return the analysis: slices and worst rows, for rows with a prompt also calibration; with
     ``options.against`` drift.
 
     Raises UsageError for a served model, DataError for a column to slice by that the rows do not have.

@@ -1,4 +1,4 @@
-"""Dialogs and texts to train on: what a row is, and how each usual file format is read as rows."""
+"""Read dialogs and texts to train on, from each usual file format."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it was read; ``problem`` says why it is none."""
+    """A row as read; ``problem`` says why it is unusable."""
 
     row: Row
     problem: str | None = None

@@ -65,7 +65,7 @@ class ServedGenerator(ServedModel):
         return answers
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
+        """Yield the pieces of one answer as they arrive. Raises DataError for a prompt that is refused."""
         body = self._body(prompt, sampling or self.task.sampling, stream=True)
         try:
             finish = ""

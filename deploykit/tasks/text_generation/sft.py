@@ -1,6 +1,6 @@
-"""The steps of supervised fine-tuning: which tokens count, how batches are made, and what is written down on the way.
+"""Fine-tune on supervised tokens: the loss, the batches, and the records of a run.
 
-transformers' Trainer runs the steps; what is ours is which tokens count. trl's SFTTrainer, which builds on the same
+transformers' Trainer runs the steps; this module decides which tokens count. trl's SFTTrainer, which builds on the same
 class, is not used: its tokenization, masks, packing and loss are the parts that this module replaces.
 """
 
@@ -43,11 +43,11 @@ from deploykit.training.rows import Say
 
 _SHOWN = 100
 _MERGE_DIFFERENCE = 1e-3
-"""Of logits, relative to their largest: what merging an adapter in fp32 may change."""
+"""Largest change of logits by merging an adapter in fp32, relative to the largest logit."""
 
 
 class Answers:
-    """Answers to some prompts at each evaluation: said, and kept in ``file`` for a run that is taken up again."""
+    """Answers to some prompts at each evaluation: printed, and kept in ``file`` for a run that is continued."""
 
     def __init__(self, prompts: Sequence[str], answer: Callable[[Any], Sequence[str]], file: Path, say: Say) -> None:
         self._prompts, self._answer, self._file, self._say = prompts, answer, file, say
@@ -72,7 +72,7 @@ def shortened(text: str) -> str:
 class SftTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose loss is the sum over supervised tokens divided by their number in all micro-batches of a step.
 
-    The head computes logits of positions alone that predict a supervised token.
+    The head computes only logits of positions that predict a supervised token.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ def sft_trainer(
 def _collate(
     models: Sequence[Any], longest: int, options: TextGenerationOptions, facts: TextGeneration
 ) -> Callable[[Sequence[EncodedRow]], dict[str, torch.Tensor]]:
-    """Return what makes a batch of rows of at most ``longest`` tokens, which all ``models`` read."""
+    """Return a function that makes a batch of rows of at most ``longest`` tokens for all ``models``."""
     if not options.packing:
         return partial(pad, pad_token_id=facts.pad_token_id)
     # All layers get one mask, which knows no sliding window.
@@ -248,7 +248,7 @@ def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[s
 
 
 def _merged(adapted: Any, row: EncodedRow, say: Say) -> Any:
-    """Return the weights with the adapter added to them. Raises ExportError when they compute something else than both did."""
+    """Return the weights with the adapter merged. Raises ExportError if the merged model computes other logits."""
     ids = torch.from_numpy(row.ids)[None]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Tell whether an answer is valid in a language. Nothing of it is run."""
+"""Check whether an answer is valid in a language, without running it."""
 
 from __future__ import annotations
 

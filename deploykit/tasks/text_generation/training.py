@@ -1,4 +1,4 @@
-"""The training stage of language models: dialogs and texts in, a fine-tuned checkpoint out."""
+"""Fine-tune a language model on dialogs and texts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from deploykit.training.trainer import Trained
 
 _SAMPLES = 5
 _ANSWERED = 3
-"""Prompts that are answered at each evaluation while training."""
+"""Number of prompts that are answered at each evaluation."""
 
 
 class TextGenerationStage:
@@ -88,7 +88,7 @@ class TextGenerationStage:
             check_teacher(options.teacher, self.hf_tokenizer, self.facts, self._max_length)
 
     def complete(self, _: object) -> tuple[TextGenerationOptions, Recipe]:
-        """Choose the length, which is left to the run. Returns the whole options, and what was chosen."""
+        """Choose the length if the user did not set it. Returns all options, and the chosen ones."""
         length = Choice(self._max_length, f"{DEFAULT_LENGTH:,}, or the model's context if that is shorter")
         return dataclasses.replace(self._options, max_length=self._max_length), {"max_length": length}
 

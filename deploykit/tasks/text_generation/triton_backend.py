@@ -1,7 +1,7 @@
-"""Serve a language model in Triton: requests join the running batch, and answers are sent whole or piece by piece.
+"""Serve a language model in Triton: requests join the running batch, and answers are sent whole or streamed.
 
-The names of inputs and outputs are those of Triton's vLLM backend. Pieces are sent from a thread of their own: those of a
-client that is slow to be answered grow longer, and nothing waits for it.
+The names of inputs and outputs are those of Triton's vLLM backend. Pieces are sent from a separate thread: the pieces of a
+slow client become longer, and no other request waits for it.
 
 Source: Triton vLLM backend README; Triton Python backend README, "Decoupled mode".
 """
@@ -288,7 +288,7 @@ class _Client:
         return bool(self._request.is_cancelled())
 
     def tell(self, query: Query) -> None:
-        """Send what is new soon, if the answer is streamed."""
+        """Schedule sending the new text, if the answer is streamed."""
         if self._asked.stream and not self._told:
             self._told = True
             self._call(self._send_piece)
@@ -327,7 +327,7 @@ class _Client:
         return len(answer.text) > text or more_tokens or (answer.finish is not None and not ended)
 
     def _response(self) -> Any:
-        """Return what is new of each answer. The loop's thread may append to them meanwhile."""
+        """Return the new part of each answer. The loop's thread may append to them at the same time."""
         texts, finishes, logprobs, sums, counts = [], [], [], [], []
         for number, answer in enumerate(self._answers()):
             first = number not in self._sent

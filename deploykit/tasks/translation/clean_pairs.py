@@ -46,7 +46,7 @@ _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 @dataclass(frozen=True)
 class PairCleaningReport:
-    """Counts of pairs by what cleaning did to them. ``rows_read`` is ``rows_kept`` plus all dropped ones.
+    """Counts of pairs by the result of cleaning. ``rows_read`` is ``rows_kept`` plus all dropped rows.
 
     Each dropped row is counted once, at the first check that it fails, in the order of the fields. Rows counted in
     ``unicode_repaired``, ``lines_joined`` and ``inline_codes`` (TMX rows whose inline codes were removed) are kept.

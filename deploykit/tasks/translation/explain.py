@@ -1,4 +1,4 @@
-"""Texts of a translator to explain: which of their words a translation comes from."""
+"""Explain translations: find the words of the text that led to a translation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ScoredTranslation(_Text):
         return sentences[0].token_ids if sentences else self._translator.empty_ids(self._code)
 
     def _begin(self, piece: str) -> list[Sentence]:
-        """Return the sentence that ``piece`` is, or none of a blank one. Raises DataError if it is too long."""
+        """Return ``piece`` as a sentence, or none for a blank piece. Raises DataError if it is too long."""
         (job,) = self._translator.begin([self._code + piece], long_input="refuse", split="none", scored=False)
         return job.sentences
 
@@ -113,8 +113,8 @@ def _scores(translator: Translator[Any], pairs: Sequence[Forced]) -> list[float]
 
 
 class LikeTranslation(_Text):
-    """A text and its translation by a served model, which scores no given one: how alike the words of two translations are
-    says how much of it is left."""
+    """A text and its translation by a served model, which cannot score a given translation: the similarity of two translations' words
+    replaces the score."""
 
     measure: Measure = "similarity"
 

@@ -1,4 +1,4 @@
-"""Create a MarianMT model to train from nothing."""
+"""Create a MarianMT model to train from scratch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say what lies behind a translator's metrics."""
+"""Analyse a translator's errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return what lies behind the metrics: slices and worst; with ``options.against`` drift.
+    """Measure, and return the analysis: slices and worst rows; with ``options.against`` drift.
 
     Raises DataError for a column to slice by that the rows do not have.
     """

@@ -1,4 +1,4 @@
-"""Learn a teacher's translations in place of the rows' targets (Kim and Rush, EMNLP 2016)."""
+"""Replace the rows' targets by a teacher's translations (Kim and Rush, EMNLP 2016)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deploykit.training.kept_answers import kept_answers
 from deploykit.training.rows import Say
 
 _BEAMS = 5
-"""Of a teacher whose own search is greedy."""
+"""Number of beams for a teacher whose own search is greedy."""
 
 
 class Teacher:

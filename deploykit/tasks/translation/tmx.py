@@ -136,7 +136,7 @@ class _UnitParser:
             self.units.append(Unit(self._line, texts, any(codes for _, _, codes in found)))
 
     def _characters(self, data: str) -> None:
-        # Keep no more than the longest text that is accepted: beyond it the text is refused anyway.
+        # Keep no more than the longest accepted text: a longer one is refused anyway.
         if self._segment is not None and not self._codes and self._length <= MAX_TEXT_CHARS:
             self._segment.append(data)
             self._length += len(data)

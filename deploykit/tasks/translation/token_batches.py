@@ -68,7 +68,7 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
     """A sampler of batches of rows of similar length, with at most ``most`` padded tokens on their longer side.
 
     Each epoch shuffles rows of equal length and the order of the batches; the number of batches stays. Of ``processes`` that
-    train together, each has a turn's ``process``-th batch; where the last turn has too few, one that changes nothing.
+    train together, each has the ``process``-th batch of a turn; if the last turn has too few batches, a process gets one that changes nothing.
     """
 
     def __init__(self, lengths: Sequence[int], most: int, seed: int, *, process: int = 0, processes: int = 1) -> None:

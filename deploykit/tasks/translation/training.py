@@ -154,7 +154,7 @@ class TranslationStage:
     def _taught(
         self, rows: Rows[Pair, PairColumns], work: Path, say: Say
     ) -> tuple[list[Pair], dict[str, dict[str, Any]], dict[str, list[str]]]:
-        """Return the training pairs as the teacher has them, and its metrics and translations of the held-out rows."""
+        """Return the training pairs with the teacher's targets, and its metrics and translations of the held-out rows."""
         options = self._options
         with open_teacher(options, work, say) as teacher:
             learned, counts = teacher.taught(rows.splits["train"], join=options.distill_targets == "join")
@@ -176,7 +176,7 @@ class TranslationStage:
         return learned, {"distilled": counts, "teacher": metrics}, answers
 
     def _keep_layers(self, translator: TorchTranslator, say: Say) -> None:
-        """Leave out layers of the model that the student is not to have."""
+        """Remove the layers that the student does not have."""
         options, model = self._options, translator.model
         wanted: dict[Side, int] = {"encoder": options.student_layers, "decoder": options.student_layers}
         if any(count and layer_count(model, side) > count for side, count in wanted.items()):

@@ -18,7 +18,7 @@ _STEPS = 60
 def fit_temperature(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> float:
     """Return the temperature that gives the right labels the highest likelihood (Guo et al., ICML 2017).
 
-    ``scores`` are probabilities at the temperature of ``task``; the result is to divide the logits by in its place.
+    ``scores`` are probabilities at the temperature of ``task``; the result replaces this temperature.
     """
     logs = _logits(task, scores)
 
@@ -44,7 +44,7 @@ def _logits(task: Classification, scores: NDArray[np.float32]) -> NDArray[np.flo
 
 
 def rescaled(task: Classification, scores: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-    """Return probabilities as they are with the temperature times ``factor``."""
+    """Return the probabilities for a temperature that is multiplied by ``factor``."""
     logs = _logits(task, scores) / factor
     if task.multi_label:
         return np.asarray(1 / (1 + np.exp(-logs)), np.float32)
@@ -52,9 +52,9 @@ def rescaled(task: Classification, scores: NDArray[np.float32], factor: float) -
 
 
 def calibration(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
-    """Return the reliability, the calibration error, and what a fitted temperature makes of it.
+    """Return the reliability, the calibration error, and the error with a fitted temperature.
 
-    The temperature is fitted on each half of the rows for the other, so that ``error_after`` is no flattery.
+    The temperature is fitted on each half of the rows for the other, so that ``error_after`` is not too low.
     """
     halves = np.arange(len(truth)) % 2
     after = np.empty_like(scores)

@@ -1,4 +1,4 @@
-"""Counterfactual fairness: whether an answer changes when the people in a text are others."""
+"""Measure counterfactual fairness: whether an answer changes when the people in a text are replaced."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def read_swaps(path: Path) -> Swaps:
 def count_flips(
     predictor: TextClassifier, examples: Sequence[Example], answers: Sequence[str], swaps: Swaps
 ) -> list[dict[str, Any]]:
-    """Swap the words in every text that has some, ask again, and count the answers that change, most flips first.
+    """Swap the words in every text that has some, classify it again, and count the answers that change, most flips first.
 
-    Each line is of the texts with words of the member ``from``, written with those of ``to``; ``changes`` counts what
-    answers became of what.
+    Each line is for the texts with words of the member ``from``, rewritten with those of ``to``; ``changes`` counts the
+    pairs of answers before and after.
     """
     found = []
     for group, members in swaps.items():
@@ -112,7 +112,7 @@ def count_flips(
 
 
 def _swapped(example: Example, counterparts: Mapping[str, str]) -> str | None:
-    """Return the text with each word replaced by its counterpart, in the same case; None if it has none of them."""
+    """Return the text with each word replaced by its counterpart, in the same case; None if it has no such word."""
     pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, counterparts))})(?!\w)", re.IGNORECASE)
 
     def replace(match: re.Match[str]) -> str:

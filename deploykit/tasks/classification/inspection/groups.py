@@ -1,4 +1,4 @@
-"""How a classifier treats the groups that a column names: demographic parity and equalized odds, as fairlearn defines them."""
+"""Compare a classifier's answers for the groups of a column: demographic parity and equalized odds, as fairlearn defines them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def group_gaps(
     the largest difference of these between two groups; ``equalized_odds``, that of the shares among the rows whose label it
     is, or among the others, whichever is larger (Hardt et al., 2016); and their ``intervals``.
 
-    Groups of fewer than 10 rows are left out, and of two labels the second alone is told: the first has the same gaps.
+    Groups of fewer than 10 rows are left out. Of two labels, only the second is reported: the first has the same gaps.
     """
     answers, _, _ = decided(task, truth, scores)
     labels = task.labels if task.multi_label or len(task.labels) != 2 else task.labels[1:]

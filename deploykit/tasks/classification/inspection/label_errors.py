@@ -1,4 +1,4 @@
-"""Likely wrong labels, and words that stand with one label beyond chance."""
+"""Find likely wrong labels, and words that occur with one label more often than by chance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deploykit.tasks.classification.rows import Example, label_parts
 _MOST = 50
 _LEAST_TEXTS = 5
 _LEAST_Z = 4.5
-"""Standard deviations from chance, with room for thousands of words that are tested."""
+"""Number of standard deviations from chance, large enough for thousands of tested words."""
 
 
 def likely_label_errors(
@@ -25,8 +25,8 @@ def likely_label_errors(
 ) -> list[dict[str, Any]]:
     """Return the rows that confident learning finds (Northcutt et al., JAIR 2021), the most likely errors first.
 
-    A row is one if the model gives another label at least the probability that rows of that label get on average, and
-    more than the row's own label. This is what cleanlab does; it would bring pandas and scikit-learn for these lines.
+    A row is a likely error if the model gives another label at least the probability that rows of that label get on average, and
+    more than the row's own label. cleanlab does the same, but would add pandas and scikit-learn as dependencies.
     """
     counts = truth.sum(axis=0)
     sums = np.where(truth, scores, 0.0).sum(axis=0)
@@ -50,9 +50,9 @@ def likely_label_errors(
 
 
 def tied_words(task: Classification, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Return words whose texts have one label far more often than all texts: the most surprising 50.
+    """Return the 50 words whose texts have one label far more often than all texts, the least likely first.
 
-    ``z`` is by how many standard deviations of chance.
+    ``z`` is the distance from chance in standard deviations.
     """
     labels = Counter(name for e in examples for name in label_parts(e.label, multi_label=task.multi_label))
     texts: dict[str, Counter[str]] = defaultdict(Counter)

@@ -1,4 +1,4 @@
-"""Say what lies behind a classifier's metrics: slices, calibration, labels, words, flips and drift."""
+"""Analyse a classifier's errors: slices, calibration, labels, words, flips and drift."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return what lies behind the metrics.
+    """Measure, and return the analysis of the metrics.
 
     Keys: labels, metrics, rows, slices, robustness, and of labels also calibration, label_errors, tied_words, flips, groups; with
     ``options.against`` drift. Raises DataError for a column to slice by that the rows do not have.
