@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from deploykit.errors import ArtifactError
+from deploykit.training.last_end import read_last_end
 
 _LOG = logging.getLogger(__name__)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -90,7 +91,7 @@ def load_reported(auto_model: str, checkpoint: str, config: Any, *, new_head: bo
             f"{checkpoint}: weights are not finite numbers (NaN or infinite): {shown_keys(broken)}",
             "take an earlier checkpoint: the training that wrote this one diverged, or the file is damaged",
         )
-    return Loaded(model.eval(), tuple(sorted(new)))
+    return Loaded(read_last_end(model.eval()), tuple(sorted(new)))
 
 
 def local_folder(checkpoint: str) -> Path:

@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli import main
+from deploykit.tasks.opening import open_classifier
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ["openvino", "onnxruntime"]
@@ -62,6 +66,28 @@ def test_every_type_was_tried_and_none_failed_after_training(architectures: Any)
     recorded = json.loads(RECORDED[-1].read_text())["architectures"]
     assert sorted(recorded) == architectures.architectures()
     assert {record["outcome"] for record in recorded.values()} <= {"served", "refused", "not built"}
+
+
+@pytest.mark.parametrize("model_type", ["mbart", "umt5"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_end_token_in_a_text_changes_no_answer_beside_it(
+    architectures: Any, model_type: str, tmp_path: Path
+) -> None:
+    """transformers shares out all end tokens of a batch among its rows."""
+    architectures.write_rows(tmp_path / "rows.csv")
+    architectures.write_checkpoint(model_type, tmp_path / "c")
+    words = ["export", f"{tmp_path}/c", "--data", f"{tmp_path}/rows.csv", "--output-dir", f"{tmp_path}/e"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    texts = ["w1 w2 w3", "w4 [SEP] w5 [SEP] w6", "w7 [SEP] w8"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").eval()
+    with torch.inference_mode():
+        logits = [model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits for text in texts]
+    expected = torch.cat(logits).softmax(dim=1).numpy()
+    for folder in ("c", "e"):
+        found = open_classifier(f"{tmp_path}/{folder}", url="", engine="onnxruntime", precision="fp32").scores(texts)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def train_and_export(folder: Path, *options: str) -> None:
