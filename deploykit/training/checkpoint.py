@@ -55,12 +55,22 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
 
 
 def load_config(model: str, **config: Any) -> Any:
-    """Return a checkpoint's configuration, with fields replaced by ``config``. Raises ArtifactError if it has none."""
+    """Return a checkpoint's configuration, with fields replaced by ``config``.
+
+    Raises ArtifactError if it has none, or if its weights are quantized.
+    """
     try:
         # Exports and comparisons read outputs by name, whatever form the checkpoint's config asks for.
-        return AutoConfig.from_pretrained(model, trust_remote_code=False, return_dict=True, **config)
+        found = AutoConfig.from_pretrained(model, trust_remote_code=False, return_dict=True, **config)
     except Exception as error:  # transformers raises whatever its loaders raise
         raise not_loadable(model, error) from error
+    if quantized := getattr(found, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ArtifactError(
+            f"{model}: its weights are quantized (quantization_config in config.json: {method})",
+            "give the checkpoint that it was made from; or, if its weights are plain, take quantization_config out",
+        )
+    return found
 
 
 def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
@@ -113,6 +123,19 @@ def _positions_before_text(config: Any) -> int:
 
 def pad_token_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def pad_token_id_of(tokenizer: Any, config: Any) -> int:
+    """Return the id that pads the texts of a trained model, whose head may read the last token that is no padding.
+
+    That is its config's. Where there is none, the head reads a text's last token, and the id is one that ends no text.
+    """
+    own = getattr(config.get_text_config(), "pad_token_id", None)
+    if own is not None and own >= 0:
+        return int(own)
+    last = tokenizer("a")["input_ids"][-1:]
+    named = (tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+    return next(int(i) for i in (pad_token_id(tokenizer), *named) if i is not None and i not in last)
 
 
 def not_loadable(model: str, error: Exception) -> ArtifactError:

@@ -34,6 +34,8 @@ _PARALLEL = "module."
 _KEYS_SHOWN = 6
 # Weights that a published base model of the family lacks, because its authors' model adds zeros there.
 _ZERO_WHEN_BARE: Mapping[str, str] = {"bart": "final_logits_bias"}
+# Heads whose weights have the same keys and shapes as a classifier's, in some types (ModernBERT's for tokens).
+_OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
@@ -84,6 +86,11 @@ def load_reported(auto_model: str, checkpoint: str, config: Any, *, new_head: bo
     unused = {key for key in found.unexpected if found.changes_nothing(key, model) or (new_head and head(key))}
     if found.keys() - new - unused:
         raise _refusal(checkpoint, file, model, found.without(new))
+    if not new_head and (other := _other_head(model, config)):
+        raise ArtifactError(
+            f"{checkpoint}: its config.json says that it is a {other}, not a {type(model).__name__}; the keys are the same",
+            "give a checkpoint of the task, or fine-tune this one for it first",
+        )
     if unused and not new_head:
         _LOG.warning("%s: left out weights that the model has no use for: %s", checkpoint, shown_keys(unused))
     if broken := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
@@ -312,6 +319,14 @@ def _cause(model: Any, found: _Differences) -> tuple[str, str]:
         f"The file is not a whole {kind}",
         "copy the checkpoint again, or save it with save_pretrained of its own class",
     )
+
+
+def _other_head(model: Any, config: Any) -> str | None:
+    """Return the class that ``config`` names in place of the model's, if its head may be taken for the model's."""
+    names = [str(name) for name in config.architectures or ()]
+    if type(model).__name__ in names:
+        return None
+    return next((name for name in names if name.endswith(_OTHER_HEADS)), None)
 
 
 def _output_layer(model: Any) -> str | None:

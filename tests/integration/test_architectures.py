@@ -80,14 +80,33 @@ def test_an_end_token_in_a_text_changes_no_answer_beside_it(
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     texts = ["w1 w2 w3", "w4 [SEP] w5 [SEP] w6", "w7 [SEP] w8"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").eval()
+    for folder in (tmp_path / "c", tmp_path / "e"):
+        check_answers(folder, tmp_path / "c", texts)
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_reads_the_last_token_reads_transformers_one(
+    architectures: Any, pad: int | None, tmp_path: Path
+) -> None:
+    """The tokenizer ends each text with its end token, and has no padding token, or another one than the config."""
+    architectures.write_checkpoint("gpt2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "[SEP]", **({"pad_token": None} if pad is None else {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    check_answers(tmp_path, tmp_path, ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9"])
+
+
+def check_answers(folder: Path, checkpoint: Path, texts: list[str]) -> None:
+    """Compare scores of the model in ``folder`` with those of transformers, which reads each text alone."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
     with torch.inference_mode():
         logits = [model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits for text in texts]
-    expected = torch.cat(logits).softmax(dim=1).numpy()
-    for folder in ("c", "e"):
-        found = open_classifier(f"{tmp_path}/{folder}", url="", engine="onnxruntime", precision="fp32").scores(texts)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    found = open_classifier(str(folder), url="", engine="onnxruntime", precision="fp32").scores(texts)
+    np.testing.assert_allclose(found, torch.cat(logits).softmax(dim=1).numpy(), atol=1e-4)
 
 
 def train_and_export(folder: Path, *options: str) -> None:

@@ -23,7 +23,7 @@ from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
 from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
+from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id_of, quiet
 
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
 """Remedy for a model that cannot be served."""
@@ -62,7 +62,7 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
     return Classification(
         labels=labels,
         max_length=max_tokens(tokenizer, config),
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id_of(tokenizer, config),
         multi_label=config.problem_type == "multi_label_classification",
         regression=regression,
         text_columns=tuple(text_columns) if pair else ("text",),

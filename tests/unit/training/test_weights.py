@@ -80,6 +80,31 @@ def equal(one: Any, other: Any) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_quantized_weights_are_refused_by_their_method(bert: Path, rewrite: Rewrite) -> None:
+    folder = rewrite(bert, dict)
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    with pytest.raises(ArtifactError) as refused:
+        load_model(str(folder))
+    assert "quantization_config in config.json: gptq" in refused.value.message
+    assert "take quantization_config out" in refused.value.remedy
+
+
+def test_a_model_that_labels_tokens_is_no_classifier_of_texts(tmp_path: Path) -> None:
+    """ModernBERT's two heads have the same keys and shapes."""
+    from transformers import ModernBertConfig, ModernBertForTokenClassification
+
+    config = ModernBertConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    ModernBertForTokenClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").touch()
+    assert "it is a ModernBertForTokenClassification" in refusal(tmp_path, "classification")
+    assert load_for_training(str(tmp_path)).model is not None
+
+
 def test_an_output_layer_without_weights_may_share_the_embedding_s(marian: Path, rewrite: Rewrite) -> None:
     folder = rewrite(marian, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
     with pytest.raises(ArtifactError) as refused:
