@@ -138,6 +138,24 @@ def pad_token_id_of(tokenizer: Any, config: Any) -> int:
     return next(int(i) for i in (pad_token_id(tokenizer), *named) if i is not None and i not in last)
 
 
+def check_vocabulary(model: Any, tokenizer: Any, origin: str, *, but: str | None = None) -> None:
+    """Raise ArtifactError for a token, other than ``but``, that has no embedding."""
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # CANINE computes embeddings from the characters' numbers
+        return
+    beyond = sorted(
+        (number, token) for token, number in tokenizer.get_vocab().items() if known and number >= known and token != but
+    )
+    if beyond:
+        number, token = beyond[0]
+        raise ArtifactError(
+            f"{origin}: its tokenizer gives {token!r} the id {number}, and the model has embeddings for ids below {known}"
+            + (f"; {len(beyond) - 1:,} more tokens have none" if len(beyond) > 1 else ""),
+            "use the tokenizer that belongs to the model, or save the model after resize_token_embeddings",
+        )
+
+
 def not_loadable(model: str, error: Exception) -> ArtifactError:
     """Return an error with a remedy for one that transformers raised over ``model``."""
     reason = first_line(error)

@@ -23,7 +23,14 @@ from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
 from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id_of, quiet
+from deploykit.training.checkpoint import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    pad_token_id_of,
+    quiet,
+)
 
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
 """Remedy for a model that cannot be served."""
@@ -99,22 +106,6 @@ def check_separates(tokenizer: Any, origin: str) -> None:
         raise UsageError(
             f"the tokenizer of {origin} puts nothing between the two texts of a pair",
             "join the columns into one text, with a separator of your choice (finetune: --text-separator ' ')",
-        )
-
-
-def check_vocabulary(model: Any, tokenizer: Any, origin: str) -> None:
-    """Raise ArtifactError for a token that has no embedding."""
-    try:
-        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # CANINE computes embeddings from the characters' numbers
-        return
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if known and number >= known)
-    if beyond:
-        number, token = beyond[0]
-        raise ArtifactError(
-            f"{origin}: its tokenizer gives {token!r} the id {number}, and the model has embeddings for ids below {known}"
-            + (f"; {len(beyond) - 1:,} more tokens have none" if len(beyond) > 1 else ""),
-            "use the tokenizer that belongs to the model, or save the model after resize_token_embeddings",
         )
 
 

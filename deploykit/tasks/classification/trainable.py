@@ -20,13 +20,13 @@ from deploykit.runtime.engines import load_engine
 from deploykit.tasks.classification.checkpoint import (
     ANOTHER_MODEL,
     TorchClassifier,
-    check_vocabulary,
     reason_of,
     tried,
 )
 from deploykit.tasks.classification.facts import as_text
 from deploykit.tasks.classification.padding import TEXTS, same_answers
 from deploykit.tasks.classification.predictor import graph_inputs
+from deploykit.training.checkpoint import check_vocabulary
 
 _LONG = " ".join(f"{TEXTS[1]} {i}" for i in range(20))
 _LONGEST = 96  # tokens that the graph is tried with: longer ones take seconds, and find nothing new

@@ -17,7 +17,7 @@ from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.predictor import Answerer, Logits
 from deploykit.tasks.question_answering.windows import PairTokenizer
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
+from deploykit.training.checkpoint import check_vocabulary, load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
 """Default window length and stride (tokens), as BERT's authors used for SQuAD."""
@@ -36,6 +36,7 @@ class TorchAnswerer(Answerer):
     def load(cls, path: Path) -> TorchAnswerer:
         quiet()
         tokenizer, model = load_tokenizer(str(path)), load_model(str(path), QuestionAnswering.name)
+        check_vocabulary(model, tokenizer, str(path))
         return cls(model, tokenizer, task_of(path, tokenizer, model))
 
     def run(self, inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:

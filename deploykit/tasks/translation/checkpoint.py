@@ -26,7 +26,7 @@ from deploykit.tasks.translation.predictor import Translator
 from deploykit.tasks.translation.source_prefix import prefixed, source_prefix
 from deploykit.tasks.translation.translated import Translated
 from deploykit.text import normalize
-from deploykit.training.checkpoint import load_model, load_tokenizer, quiet
+from deploykit.training.checkpoint import check_vocabulary, load_model, load_tokenizer, quiet
 from deploykit.training.padding import padded
 
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -51,6 +51,7 @@ class TorchTranslator:
         """Load a checkpoint. One trained elsewhere may need ``source`` and ``target``."""
         quiet()
         tokenizer, model = load_tokenizer(str(path), fast=False), load_model(str(path), Translation.name)
+        check_vocabulary(model, tokenizer, str(path), but=tokenizer.pad_token)  # see source_pad
         if (path / MANIFEST).exists():
             task = load_manifest(path, "checkpoint", verify=False).task
             assert isinstance(task, Translation), "load_model refuses others"

@@ -34,7 +34,7 @@ from deploykit.tasks.translation.teacher import open_teacher
 from deploykit.tasks.translation.token_batches import EncodedPairs, train_model
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import processes, trainer
-from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable
+from deploykit.training.checkpoint import check_vocabulary, load_config, load_model, load_tokenizer, not_loadable
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
 from deploykit.training.student import Side, keep_layers, layer_count
@@ -199,6 +199,7 @@ class TranslationStage:
             config = options.dropout_config(load_config(options.origin))
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
+        check_vocabulary(model, self._tokenizer, options.origin, but=self._tokenizer.pad_token)
         model.generation_config = generation_config(task, task.generation)
         if options.lora_r:
             model = trainer.with_adapter(model, options, "SEQ_2_SEQ_LM")

@@ -60,6 +60,29 @@ def test_a_foreign_checkpoint_is_trained_on(tmp_path: Path) -> None:
     assert translator.encode_targets(["Ouvrez"])[0][0] == code == translator.task.generation.forced_bos_token_id
 
 
+def test_a_token_without_an_embedding_is_named_before_training_and_export(tmp_path: Path) -> None:
+    """A served text that has it failed, and each text beside it."""
+    from transformers import AutoTokenizer
+
+    from deploykit.stages.finetune import finetune
+    from deploykit.stages.finetune_options import make_options
+
+    quiet()
+    write_bart(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    number = len(tokenizer)
+    tokenizer.add_tokens(["zyx"])
+    tokenizer.save_pretrained(tmp_path / "m")
+    named = f"gives 'zyx' the id {number}, and the model has embeddings for ids below {number}"
+    with pytest.raises(ArtifactError, match=named):
+        TorchTranslator.load(tmp_path / "m", source="en", target="fr")
+    write_pairs(tmp_path / "pairs.tsv", "en", "fr")
+    given: dict[str, Any] = {"task": "translation", "train": str(tmp_path / "pairs.tsv"), "model": str(tmp_path / "m"),
+                             "source_lang": "en", "target_lang": "fr", "max_steps": 1, "max_length": 38}  # fmt: skip
+    with pytest.raises(ArtifactError, match=named):
+        finetune(make_options(given), tmp_path / "out", say=lambda line: None)
+
+
 def test_models_that_do_not_translate_are_refused_by_type(tmp_path: Path) -> None:
     write_bart(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
