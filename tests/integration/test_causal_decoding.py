@@ -405,6 +405,16 @@ def test_a_failure_leaves_the_generator_usable(graph: Path, monkeypatch: pytest.
     assert ours.generate([prompt(10)], LONG) == expected
 
 
+def test_a_token_without_an_embedding_is_refused_in_its_prompt_alone(graph: Path) -> None:
+    ours = generator(graph)
+    vocabulary = ours.task.vocabulary
+    ours.tokenizer.tokenizer.add_tokens([f"<{i}>" for i in range(vocabulary)])
+    good, bad = ours.reply(["a", f"a<{vocabulary - 1}>"], LONG)
+    assert [good] == ours.reply(["a"], LONG)
+    assert isinstance(bad, DataError)
+    assert f"and the model has {vocabulary} tokens" in bad.message
+
+
 def test_failures_while_prompts_are_read_together_lose_no_rows(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = generator(graph, max_rows=4)
     if not isinstance(ours.model, NativeCausalLm):

@@ -155,6 +155,11 @@ class Decoder:
         """Raise DataError for a query that could never run."""
         if not prompt:
             raise DataError("the prompt is empty", "give a text")
+        if (token := max(prompt)) >= self._task.vocabulary:  # Gemma 3's tokenizer has one for images
+            raise DataError(
+                f"the prompt has the token {token}, and the model has {self._task.vocabulary:,} tokens",
+                "leave out the special token that it stands for",
+            )
         if len(prompt) >= self._task.max_length:
             raise DataError(
                 f"the prompt has {len(prompt):,} tokens, and the model's context holds {self._task.max_length:,}, answer included",
