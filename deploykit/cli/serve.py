@@ -271,7 +271,7 @@ def _openai(
         say("note: only the OpenAI port needs the key; Triton's own ports answer anyone who reaches them")
     if front.keys.needed and front.certificate is None and not listener.getsockname()[0].startswith("127."):
         say("note: keys are sent in the clear without --ssl-certfile")
-    generating = [name for name, facts in server.tasks.items() if facts.name == "text-generation"]
+    generating = [name for name, facts in server.tasks.items() if facts.graph_kind == "decoder"]
     app = create_app(
         server.tasks,
         TritonGenerator(server.urls.grpc),

@@ -77,6 +77,9 @@ class ReportOptions:
 class Reporting(Protocol):
     """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one."""
 
+    counts_flips: bool
+    """Whether the report counts the answers that change with a word, so that it takes ``ReportOptions.swaps``."""
+
     def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options, generation: Options,
                options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
         """Measure as ``evaluate`` does, and return an analysis of the errors, as JSON."""

@@ -45,6 +45,7 @@ class _Classification:
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""
+    counts_flips = True
 
     def read_facts(self, record: Mapping[str, Any]) -> Classification:
         return Classification(**record)

@@ -48,6 +48,7 @@ class _TextGeneration:
     settings = ("max_rows", "max_cache_mb")
     instances = 1
     stream_backend = ""
+    counts_flips = False
 
     def read_facts(self, record: Mapping[str, Any]) -> TextGeneration:
         return TextGeneration(**{**record, "sampling": Sampling.from_record(record["sampling"])})
