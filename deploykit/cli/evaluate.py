@@ -77,6 +77,7 @@ def command(
     reading: Reading,
     **where: Any,
 ) -> Result:
+    from deploykit.data.read import check_file
     from deploykit.report.svg import require_matplotlib
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
@@ -90,6 +91,7 @@ def command(
         if report.exists() and not force:
             raise UsageError(f"{report}: already exists", "choose another --report, or pass --force to replace it")
         require_matplotlib()
+    check_file(data)
     reported: dict[str, Any] = {}
 
     def measure(name: str, wanted: Task | None = None) -> tuple[Task, Evaluation]:

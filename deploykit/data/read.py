@@ -57,6 +57,12 @@ def reading_notes(source: str, reading: Reading = AS_FOUND) -> list[str]:
     return find_layout(path, reading).lines()
 
 
+def check_file(source: str) -> None:
+    """Raise DataError if ``source`` is named as a file and is not there: told before imports that take seconds."""
+    if _has_known_suffix(source) and not os.path.exists(source):
+        raise DataError(f"{source}: no such file", "check the path")
+
+
 def _has_known_suffix(source: str) -> bool:
     return Path(source).suffix.lower() in (*_READERS, *COMPRESSED)
 

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deploykit import artifacts
+from deploykit.data.read import check_file
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
 from deploykit.locks import lock
 from deploykit.stages import model_card
@@ -189,6 +191,9 @@ def file_digests(options: FinetuneOptions) -> Mapping[str, Sequence[str]]:
     """Return option -> the digests of the files of rows that it names on this machine."""
     named = {name: getattr(options, name, None) for name in ROWS}
     several = {name: [one] if isinstance(one, str) else one for name, one in named.items() if one}
+    for source in chain(*several.values()):
+        if not named_paths(source):
+            check_file(source)
     found = {name: [path for source in sources for path in named_paths(source)] for name, sources in several.items()}
     return {name: [artifacts.digest_path(path) for path in paths] for name, paths in found.items() if paths}
 
