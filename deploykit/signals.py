@@ -33,6 +33,11 @@ def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPPI
         yield
 
 
+def ending() -> list[int]:
+    """Return the signals that tell a server to end: STOPPING, and SIGHUP of a closed terminal unless nohup has it ignored."""
+    return [*STOPPING, *([] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP])]
+
+
 def unhandled() -> list[int]:
     """Return the signals of STOPPING that are neither handled nor ignored; none outside the main thread, which sets handlers."""
     if threading.current_thread() is not threading.main_thread():

@@ -20,7 +20,7 @@ from deploykit.cli.command import RecordedCommand, Result, deploykit_command, sa
 from deploykit.cli.shared_options import MODEL_REPOSITORY, REQUIRE_SIGNATURE
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
-from deploykit.signals import handled
+from deploykit.signals import ending, handled
 
 if TYPE_CHECKING:
     from deploykit.openai.calls import AccessLog
@@ -157,7 +157,7 @@ def command(
         while_loading=_import_front if front else lambda: None, **options,
     )  # fmt: skip
     say(f"starting Triton on {repository}")
-    with handled(lambda *_: stop.set()), server, _openai(server, listener, front, traces) as openai:
+    with handled(lambda *_: stop.set(), ending()), server, _openai(server, listener, front, traces) as openai:
         for note in server.notes:
             say(note)
         say(

@@ -10,13 +10,14 @@ import contextlib
 import http.client
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,8 @@ _NO_GUARD = (
 _SHM = Path("/dev/shm")
 _OWNER = "owner"
 """Suffix of the file in ``_SHM`` that a server has locked while its regions there are in use."""
+_FOLDER = "deploykit-serve-"
+"""Prefix of the name of the folder in which Triton runs. A server has it locked."""
 _RETRY_LOAD_S = 5.0
 _MAX_PAUSE_S = 30.0
 _STABLE_S = 60.0
@@ -113,6 +116,7 @@ class TritonServer:
         self._ready_since = 0.0
         self._failures = 0  # ends and failed starts in a row
         self._folder: Path | None = None
+        self._folder_lock: int | None = None
         self._output: IO[bytes] | None = None
 
     def __enter__(self) -> TritonServer:
@@ -173,6 +177,9 @@ class TritonServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
         _remove_regions(self._shm_prefix)
         if self._owner is not None:
             self._owner.close()
@@ -271,14 +278,15 @@ class TritonServer:
 
     def _prepare(self, triton: EmbeddedTriton) -> None:
         """Create the folder that Triton runs in, and its command line."""
-        _remove_abandoned()
+        # The stub's Python has no locale, so paths given to it must be ASCII; the repository's may not be.
+        temporary = Path(tempfile.gettempdir() if tempfile.gettempdir().isascii() else "/tmp")
+        _remove_abandoned(temporary)
         self._owner = open(_SHM / f"{self._shm_prefix}{_OWNER}", "wb")  # noqa: SIM115 (open while it runs)
         lock(self._owner.fileno(), wait=False)
-        # The stub's Python has no locale, so paths given to it must be ASCII; the repository's may not be.
-        temporary = tempfile.gettempdir()
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="deploykit-triton-", dir=temporary if temporary.isascii() else "/tmp")
-        )
+        new = Path(tempfile.mkdtemp(prefix="deploykit-", dir=temporary))
+        self._folder_lock = os.open(new, os.O_RDONLY)
+        lock(self._folder_lock, wait=False)
+        self._folder = new.rename(new.with_name(new.name.replace("deploykit-", _FOLDER, 1)))  # others see it locked
         (self._folder / "repository").symlink_to(self._repository.resolve())
         guard = ""
         if GUARD.is_file():
@@ -385,12 +393,30 @@ class TritonServer:
         return self._triton
 
 
-def _remove_abandoned() -> None:
-    """Remove the shared memory of servers that were killed."""
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove the shared memory, and the folders in ``temporary``, of this user's servers that were killed."""
     for path in _SHM.glob(f"deploykit_*_{_OWNER}"):
-        with contextlib.suppress(OSError), open(path, "rb") as owner:  # another user's, or removed by another server
-            if lock(owner.fileno(), wait=False):
+        with _unlocked(path, os.O_NOFOLLOW) as found:
+            if found and re.fullmatch(rf"deploykit_\d+_[0-9a-f]+_{_OWNER}", path.name):
                 _remove_regions(path.name.removesuffix(_OWNER))
+    for path in temporary.glob(f"{_FOLDER}*"):
+        with _unlocked(path, os.O_NOFOLLOW | os.O_DIRECTORY) as found:
+            if found:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _unlocked(path: Path, flags: int) -> Iterator[bool]:
+    """Lock what another server may have locked. Yields whether it is this user's, and was not locked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError:  # a link, another user's, or removed by another server
+        yield False
+        return
+    try:
+        yield os.fstat(descriptor).st_uid == os.geteuid() and lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_regions(prefix: str) -> None:

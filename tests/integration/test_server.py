@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import importlib.util
 import json
+import os
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -33,6 +35,7 @@ from deploykit.errors import (
     ServerError,
     UsageError,
 )
+from deploykit.locks import lock
 from deploykit.runtime.served import parse_url
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.classification.served import ServedClassifier
@@ -382,6 +385,46 @@ def test_a_cancelled_request_is_not_run(server: TritonServer) -> None:
     assert any("ancel" in str(failure) for failure in failures)
     assert wait_until(lambda: _failed(server) > before, 30)
     assert wait_until(lambda: post(server, body(["w1"]))[0] == 200, 30), "those that ran may outlast one queue timeout"
+
+
+def test_a_start_removes_only_what_a_dead_server_left(own_repository: Path, tmp_path: Path) -> None:
+    """The server whose folder is locked runs; links, and folders of other names, are not followed or removed."""
+    temporary, kept = tmp_path / "temporary", tmp_path / "kept"
+    for folder in (temporary / "deploykit-serve-dead", temporary / "deploykit-serve-runs", temporary / "other", kept):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    (temporary / "deploykit-serve-dead" / "link").symlink_to(kept)
+    (temporary / "deploykit-serve-link").symlink_to(kept)
+    locked = os.open(temporary / "deploykit-serve-runs", os.O_RDONLY)
+    assert lock(locked, wait=False)
+    with patch("tempfile.tempdir", str(temporary)), start(own_repository) as server:
+        assert server._folder is not None
+        left = {"deploykit-serve-runs", "deploykit-serve-link", "other"}
+        assert {path.name for path in temporary.iterdir()} == {*left, server._folder.name}
+    os.close(locked)
+    assert {path.name for path in temporary.iterdir()} == left
+    assert [(temporary / name / "file").exists() for name in sorted(left)] == [True, True, True]
+
+
+def test_a_closed_terminal_ends_serve_as_ctrl_c_does(own_repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deploykit", "serve", "--model-repository", str(own_repository)]
+    command += [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    command += ["--ready-file", str(tmp_path / "ready.json")]
+    (tmp_path / "temporary").mkdir()
+    main, terminal = os.openpty()
+    run = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+    )
+    os.close(terminal)
+    assert wait_until((tmp_path / "ready.json").exists, 60)
+    os.close(main)
+    run.wait(60)
+    assert not list((tmp_path / "temporary").glob("deploykit-*"))
+    assert not (tmp_path / "ready.json").exists()
 
 
 def test_stop_does_not_wait_for_idle_connections(own_repository: Path) -> None:

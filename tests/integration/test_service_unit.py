@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -67,9 +68,15 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
     service = _read(printed.stdout)["Service"]
     assert (service["Restart"], service["KillMode"], service["WorkingDirectory"]) == ("always", "mixed", str(tmp_path))
 
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
     def begin() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            shlex.split(service["ExecStart"]), cwd=service["WorkingDirectory"], stderr=subprocess.DEVNULL
+            shlex.split(service["ExecStart"]),
+            cwd=service["WorkingDirectory"],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(temporary)},
         )
 
     def answers() -> bool:
@@ -81,6 +88,9 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
     def children(of: int) -> list[psutil.Process]:
         return psutil.Process(of).children(recursive=True)
 
+    def folders() -> list[Path]:
+        return list(temporary.glob("deploykit-*"))
+
     def regions(of: int) -> list[Path]:
         return list(Path("/dev/shm").glob(f"deploykit_{of}_*"))
 
@@ -90,6 +100,7 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
         for _ in range(2):
             before = run.pid
             assert regions(before)
+            [folder] = folders()
             family = children(run.pid)
             run.send_signal(signal.SIGKILL)
             killed = time.monotonic()
@@ -105,8 +116,11 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
             seconds = [sum(process.cpu_times()[:2]) for process in [psutil.Process(run.pid), *children(run.pid)]]
             assert sum(seconds) < RECOVERY_S, "what the start takes where nothing else runs"
             assert not regions(before), "the memory that it shared with its models is free again"
+            assert len(folders()) == 1
+            assert not folder.exists()
             print(json.dumps({"fault": "kill -9 of serve", "seconds": round(took, 2)}))
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0
+        assert not folders()
     finally:
         run.kill()
