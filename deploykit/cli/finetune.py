@@ -21,6 +21,8 @@ from deploykit.training.options import RENAMED, FinetuneOptions
 if TYPE_CHECKING:
     from deploykit.stages.finetune import Finetuned
 
+_FEW_ROWS = 30
+
 
 def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is not None:
@@ -230,7 +232,10 @@ def command(
     if not measured:
         text = "no rows were held out: nothing was measured"
     else:
-        text = f"on {metrics['rows'][measured]:,} {measured} rows:\n{text}"
+        count = metrics["rows"][measured]
+        text = f"on {count:,} {measured} rows:\n{text}"
+        if count < _FEW_ROWS:
+            text += f"\n{count:,} rows say little: give more with --test, a larger --test-fraction, or train --folds 5"
     return record, "\n".join([head, text, *_repeats_text(done, task_of(done.manifest.task).headline)])
 
 

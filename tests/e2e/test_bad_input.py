@@ -14,6 +14,7 @@ Deploykit = Callable[..., tuple[int, str, str]]
 GOOD = "text,label\n" + "".join(
     f"some {word} words {i},{label}\n" for i in range(12) for word, label in (("fine", "good"), ("poor", "bad"))
 )
+PRICES = "text,price\n" + "".join(f"some fine words {i},{i}.5\n" for i in range(24))
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,12 @@ GOOD = "text,label\n" + "".join(
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", (), 1, ["t.csv", "PNG"]),
         (b"text,label\na,b,c,d\n", (), 1, ["t.csv", "2"]),
         (b"text,label\n,x\n,y\n", (), 1, ["usable"]),
+        (
+            PRICES.encode(),
+            ("--text-column", "text", "--label-column", "price"),
+            1,
+            ["'price'", "24 labels", "--regression"],
+        ),
         (GOOD.encode(), ("--encoding", "klingon"), 2, ["klingon"]),
         (GOOD.encode(), ("--num-train-epochs", "-1"), 2, ["--num-train-epochs"]),
         (GOOD.encode(), ("--max-length", "100000"), 2, ["--max-length", "512"]),

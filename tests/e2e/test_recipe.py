@@ -65,6 +65,28 @@ def test_a_run_without_options_chooses_says_and_keeps_them(
     assert "made from other inputs or options" in err
 
 
+def test_a_run_says_what_is_seldom_meant(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Labels of two spellings, texts with several labels, texts that are cut, few rows to measure on."""
+    rows = [
+        f"film {i} was {word} and long,{label}"
+        for i in range(12)
+        for word, label in (("fine", "good"), ("poor", "bad"))
+    ]
+    rows += ["film 0 was fine and long,Good", "film 1 was fine and long,N/A"]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows, "other film,Good"]) + "\n")
+    code, out, err = deploykit(
+        "finetune", make_tiny_checkpoint(tmp_path / "model"), "--train", tmp_path / "a.csv", "--max-steps", 2,
+        "--max-length", 4, "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "4 of 27 rows have the text of another row with another label" in err
+    assert "'good' (10 rows), 'Good' (1 row); write them alike" in err
+    assert "texts have 4 tokens or more: what is beyond is not read (--max-length)" in err
+    assert "rows say little: give more with --test" in out
+
+
 def test_a_search_starts_from_what_a_run_would_choose(
     deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], small_csv: Path, tmp_path: Path
 ) -> None:

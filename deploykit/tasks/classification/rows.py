@@ -38,6 +38,9 @@ _ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "t
 _JOINED_STRINGS = re.compile(r"""(?<=[\w'"])(['"])\s*(['"])(?=[\w'"])""")
 _SEVERAL_WORDS = re.compile(r"\w['\"]?[\s,;]+['\"]?\w")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_SPELLINGS = 8
+_COMMA_NUMBER = re.compile(r"[+-]?[0-9]+(,[0-9]+)?")
+_MAYBE_THOUSANDS = re.compile(r"[+-]?([1-9][0-9]{0,2}(,[0-9]{3})*|[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,10 @@ def load_examples(
     else:
         named = [_label(record, columns.labels[0]) for record in rows]
     names_found = {name for label in named for name in label or ()}
-    spelled = {name: name for name in names_found} if known is None else _one_spelling(names_found, known)
+    spelled = _points_for_commas(names_found) if known is None else _one_spelling(names_found, known)
     if other := [f"{name!r} is {used!r}" for name, used in sorted(spelled.items()) if name != used]:
-        _LOG.warning("%s: labels with the same meaning were merged: %s", source, ", ".join(other))
+        what = "commas in numbers are decimal points" if known is None else "labels with the same meaning were merged"
+        _LOG.warning("%s: %s: %s", source, what, ", ".join(other[:_SPELLINGS]))
     examples = []
     for record, names_of in zip(rows, named):
         label = None if names_of is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in names_of}))
@@ -233,7 +237,7 @@ def check_numbers(examples: Sequence[Example], source: str) -> None:
         if not finite:
             raise DataError(
                 f"{source}: the label {example.label!r} at {example.origin} is not a number, but the model predicts numbers",
-                "correct the row, or train without --regression",
+                "write it as 1234.5, or train without --regression",
             )
 
 
@@ -384,6 +388,12 @@ def _refuse_commas(cells: Sequence[object], where: str) -> None:
             f"{where}: no cell has {LABEL_SEPARATOR!r} between labels, and some have {used!r}: {found!r}",
             f"give --label-separator {used!r} if it stands between labels, --label-separator '|' if it is part of them",
         )
+
+
+def _points_for_commas(labels: set[str]) -> dict[str, str]:
+    """Return numbers with a point for the decimal comma, unless some have a point, or all commas may separate thousands."""
+    decimal = all(map(_COMMA_NUMBER.fullmatch, labels)) and not all(map(_MAYBE_THOUSANDS.fullmatch, labels))
+    return {label: label.replace(",", ".") if decimal else label for label in labels}
 
 
 def _one_spelling(labels: set[str], known: Collection[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
 from deploykit.tasks.classification.distill import Teacher
+from deploykit.tasks.classification.doubts import label_doubts, refuse_lone_labels
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
@@ -49,12 +51,15 @@ from deploykit.training.trainer import Trained
 
 Answered = tuple[NDArray[Any], NDArray[np.float32]]
 """Truth and scores of rows."""
+_LOG = logging.getLogger(__name__)
 _CALIBRATION_ROWS = 512
 _SAMPLES = 2
 """Number of copies of each noise that are shown."""
 _TRIED_TEXTS = 8
 _MEASURED_ROWS = 2000
 """Number of training rows whose lengths are measured."""
+_MANY_CONFLICTS = 0.1
+_MANY_CUT = 0.02
 
 
 class ClassificationStage:
@@ -99,6 +104,7 @@ class ClassificationStage:
             reading=options,
             split=split,
         )
+        self._columns = found
         if columns is None:  # the training rows
             self._known_labels |= {
                 n for row in raw if row.label for n in label_parts(row.label, multi_label=options.multi_label)
@@ -106,7 +112,13 @@ class ClassificationStage:
         return raw, found
 
     def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
-        return clean(raw, multi_label=self._options.multi_label)
+        kept, report = clean(raw, multi_label=self._options.multi_label)
+        if report.conflicting_duplicates > _MANY_CONFLICTS * report.rows_read:
+            _LOG.warning(
+                "%d of %d rows have the text of another row with another label; if a text may have several, give --multi-label",
+                report.conflicting_duplicates, report.rows_read,
+            )  # fmt: skip
+        return kept, report
 
     def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
         multi_label = self._options.multi_label
@@ -124,6 +136,12 @@ class ClassificationStage:
                     "--qat continues the training of a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
+        if not multi_label:
+            given = [row.label for row in splits["train"]]
+            if not self._options.label_order:
+                refuse_lone_labels(given, self._options.train, self._columns.labels)
+            for doubt in label_doubts(given):
+                _LOG.warning("%s: %s", self._options.train, doubt)
         if named := self._options.named_labels:
             check_labels(splits["train"], named, f"{self._options.train}, --labels", multi_label=multi_label)
             labels = named
@@ -198,6 +216,9 @@ class ClassificationStage:
             if examples
         }  # fmt: skip
         say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
+        full = sum(len(ids) >= task.max_length for ids in encoded["train"].encoded.ids)
+        if full > _MANY_CUT * len(encoded["train"]):
+            say(f"{full:,} texts have {task.max_length} tokens or more: what is beyond is not read (--max-length)")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
         hidden = None
