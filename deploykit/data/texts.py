@@ -137,8 +137,8 @@ def detect_text_column(names: Sequence[str], labels: Sequence[str], source: str)
         rest = [n for n in names if n not in others]
         found = rest[0] if len(rest) == 1 and (others or len(names) == 1) else None
     if found is None:
-        raise DataError(f"{source}: no column is recognized as the text; {listed(names)}",
-                        "give --text-column, or --no-header if the first line is a row")  # fmt: skip
+        remedy = "give --text-column, or --no-header if the first line is a row"
+        raise DataError(f"{source}: no column is recognized as the text; {listed(names)}", remedy)
     return found
 
 

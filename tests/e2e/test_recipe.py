@@ -66,7 +66,7 @@ def test_a_run_without_options_chooses_says_and_keeps_them(
 
 
 def test_a_run_says_what_is_seldom_meant(
-    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Labels of two spellings, texts with several labels, texts that are cut, few rows to measure on."""
     rows = [
@@ -81,8 +81,8 @@ def test_a_run_says_what_is_seldom_meant(
         "--max-length", 4, "--output-dir", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
-    assert "4 of 27 rows have the text of another row with another label" in err
-    assert "'good' (10 rows), 'Good' (1 row); write them alike" in err
+    assert "4 of 27 rows have the text of another row with another label" in caplog.text
+    assert "'good' (10 rows), 'Good' (1 row); write them alike" in caplog.text
     assert "texts have 4 tokens or more: what is beyond is not read (--max-length)" in err
     assert "rows say little: give more with --test" in out
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import TrainerCallback
 
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.losses import divergence, summed_loss
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.training.levers import count_layers, depth_of, lever_callbacks, optimizers
@@ -213,6 +216,110 @@ def test_averages_are_evaluated_kept_and_continued(
         train(first, "killed", stop=3)
         train(first, "killed", resume=True)
     assert torch.equal(_head(first), _head(model)), "a killed run ends the same"
+
+
+Fitted = Callable[..., tuple[Any, list[str]]]
+
+
+@pytest.fixture
+def fitted(model: Any, tmp_path: Path) -> Fitted:
+    """Train a copy of the model on token ids with their labels. Returns it, and what the run says."""
+
+    def fit_rows(
+        rows: list[tuple[int, int]], validation: Sequence[tuple[int, int]] = (), **levers: Any
+    ) -> tuple[Any, list[str]]:
+        options = dataclasses.replace(
+            OPTIONS, **{"max_steps": 60, "per_device_train_batch_size": len(rows), "num_train_epochs": 1.0, "warmup_ratio": 0.0,
+                        "lr_scheduler_type": "constant", "validation_fraction": 0.1 if validation else 0.0, **levers}
+        )  # fmt: skip
+        sets = [
+            EncodedTexts(
+                Encoded([[2, token, 3] for token, _ in part], [[0, 0, 0]] * len(part)),
+                np.eye(2)[[label for _, label in part]], TASK,
+            ) if part else None
+            for part in (rows, validation)
+        ]  # fmt: skip
+        said: list[str] = []
+        torch.manual_seed(0)
+        work = tmp_path / f"fit{len(list(tmp_path.glob('fit*')))}"
+        return fit(copy.deepcopy(model), sets[0], sets[1], options, work, said.append), said
+
+    return fit_rows
+
+
+def _probability(model: Any, token: int) -> float:
+    """Return the probability of the second label."""
+    with torch.inference_mode():
+        return float(model(torch.tensor([[2, token, 3]])).logits.softmax(-1)[0, 1])
+
+
+def test_class_weights_undo_the_imbalance(fitted: Fitted) -> None:
+    rows = [(5, int(i == 0)) for i in range(10)]  # one text, of which one row in ten has the second label
+    assert _probability(fitted(rows)[0], 5) == pytest.approx(0.1, abs=0.03)
+    assert _probability(fitted(rows, class_weights="balanced")[0], 5) == pytest.approx(0.5, abs=0.05)
+
+
+def test_label_smoothing_keeps_its_share_from_the_label(fitted: Fitted) -> None:
+    rows = [(5, 0), (6, 1)]
+    assert _probability(fitted(rows)[0], 6) > 0.98
+    assert _probability(fitted(rows, label_smoothing_factor=0.2)[0], 6) == pytest.approx(0.9, abs=0.02)
+
+
+def test_training_stops_early_where_the_validation_gets_worse(fitted: Fitted) -> None:
+    rows, wrong = [(5, 0), (6, 1)], [(5, 1), (6, 0)]
+    _, said = fitted(rows, wrong, eval_steps=5, early_stopping_patience=2)
+    assert any(line.startswith("step 15 of 60") for line in said)
+    assert not any(line.startswith("step 30 of 60") for line in said)
+    _, said = fitted(rows, wrong, eval_steps=5)
+    assert any(line.startswith("step 60 of 60") for line in said)
+
+
+def test_decoupled_decay_takes_a_share_and_coupled_a_step(fitted: Fitted, model: Any) -> None:
+    """The embedding of a token that no row has gets no gradient of its own: only the penalties move it (Loshchilov and
+    Hutter, ICLR 2019)."""
+    before = model.bert.embeddings.word_embeddings.weight[9].detach()
+
+    def after(**levers: float) -> torch.Tensor:
+        trained, _ = fitted([(5, 0), (6, 1)], max_steps=5, **levers)
+        found: torch.Tensor = trained.bert.embeddings.word_embeddings.weight[9].detach()
+        return found
+
+    assert torch.equal(after(), before)
+    assert torch.allclose(after(weight_decay=0.5), before * (1 - 1e-2 * 0.5) ** 5, rtol=1e-5)
+    large = before.abs() > 0.1  # Adam's steps are as long as the rate, however small the weight is
+    assert torch.allclose((before - after(l2=1e-2))[large], 5e-2 * before.sign()[large], rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "classifier_dropout"])
+def test_each_dropout_drops_while_training_alone(name: str, model: Any) -> None:
+    def passes(**given: float) -> list[torch.Tensor]:
+        changed = dataclasses.replace(OPTIONS, **given).dropout_config(model.config)
+        config = type(model.config)(**{**model.config.to_dict(), **changed})
+        again = type(model)(config)
+        again.load_state_dict(model.state_dict())
+        inputs = torch.tensor([[2, 5, 6, 7, 3]])
+        return [again.train()(inputs).logits, again(inputs).logits, again.eval()(inputs).logits]
+
+    torch.manual_seed(0)
+    first, second, measured = passes(**{name: 0.5})
+    assert not torch.allclose(first, second)
+    plain, _, _ = passes(**{name: 0.0})
+    assert torch.allclose(measured, plain, atol=1e-6), "nothing is dropped when it answers"
+
+
+def test_passes_agree_more_after_r_drop(fitted: Fitted, model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    rows = [(token, token % 2) for token in range(4, 20)]
+
+    def apart(trained: Any) -> float:
+        torch.manual_seed(1)
+        inputs = torch.tensor([[2, token, 3] for token, _ in rows] * 20)
+        with torch.no_grad():
+            return float(divergence(TASK, *(trained.train()(inputs).logits for _ in range(2)))) / len(inputs)
+
+    assert apart(fitted(rows, learning_rate=2e-3, r_drop=5.0)[0]) < 0.5 * apart(fitted(rows, learning_rate=2e-3)[0])
 
 
 @pytest.mark.parametrize("levers", [{"layerwise_lr_decay": 0.8}, {"gradual_unfreezing": 0.5}, {"freeze_layers": 1}])
