@@ -28,6 +28,7 @@ def load(
     engine: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
+    draft_model: StrPath | None = None,
 ) -> Model:
     """Open a model: a checkpoint, an export, a packaged version, or a model on a running server.
 
@@ -37,6 +38,7 @@ def load(
         engine: Engine for an export: "auto", or a name that ``package`` accepts.
         precision: Precision for an export: "auto" (INT8 if available), "int8", "fp16", "bf16" or "fp32".
         threads: CPU threads. Default: all.
+        draft_model: For the export of a language model: that of a smaller one, which guesses its tokens.
 
     Raises:
         ArtifactError: There is no such folder, or one of its files was changed.
@@ -44,8 +46,12 @@ def load(
         ServerError: No server answers at ``url``, or it has no such model.
     """
     from deploykit.tasks.opening import open_predictor
+    from deploykit.tasks.text_generation.predictor import open_generator
 
-    return Model(open_predictor(str(target), url=url, engine=engine, precision=precision, threads=threads))
+    where: dict[str, Any] = {"url": url, "engine": engine, "precision": precision, "threads": threads}
+    if draft_model is not None:
+        return Model(open_generator(str(target), str(draft_model), **where))
+    return Model(open_predictor(str(target), **where))
 
 
 class Model:

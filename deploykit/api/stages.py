@@ -124,6 +124,7 @@ def package(
     overwrite_config: bool = False,
     stream: bool = True,
     require_signature: StrPath | None = None,
+    draft_model: StrPath | None = None,
     **settings: Any,
 ) -> Packaged:
     """Add an export to a Triton model repository, as the next version of the model ``name``.
@@ -137,6 +138,7 @@ def package(
         overwrite_config: Replace an existing config.pbtxt; by default it is kept.
         stream: Also write NAME_stream, for tasks that have one.
         require_signature: Public key (PEM) that the export must be signed with.
+        draft_model: Folder of the export of a smaller language model with the same tokenizer, which guesses tokens.
         **settings: Fields of ``ServingSettings``: ``instances=2``, ``max_batch_size=32``.
 
     Raises:
@@ -158,6 +160,7 @@ def package(
         overwrite_config=overwrite_config,
         stream=stream,
         require_signature=None if require_signature is None else Path(require_signature),
+        draft_model=None if draft_model is None else Path(draft_model),
     )
 
 

@@ -8,7 +8,7 @@ import click
 
 from deploykit.cli.command import Result, deploykit_command, say
 from deploykit.cli.sampling_options import given_sampling, sampling_options
-from deploykit.cli.shared_options import PRECISION, SERVER_URL, THREADS
+from deploykit.cli.shared_options import DRAFT_MODEL, PRECISION, SERVER_URL, THREADS
 from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.signals import handled
 
@@ -24,14 +24,22 @@ _HELP = "Ctrl-C stops an answer; /reset begins a new dialog; /exit or Ctrl-D end
 @click.option("--system", help="Text of the system message.")
 @sampling_options
 @PRECISION
+@DRAFT_MODEL
 @THREADS
 def command(
-    *, model: str, url: str, system: str | None, precision: str, threads: int | None, **sampling: Any
+    *,
+    model: str,
+    url: str,
+    system: str | None,
+    precision: str,
+    draft_model: str | None,
+    threads: int | None,
+    **sampling: Any,
 ) -> Result:
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.opening import open_generator
+    from deploykit.tasks.text_generation.predictor import open_generator
 
-    generator = open_generator(model, url=url, precision=precision, threads=threads)
+    generator = open_generator(model, draft_model, url=url, precision=precision, threads=threads)
     try:
         if not generator.has_template:
             raise UsageError(f"{model} has no chat template", "continue texts with deploykit generate --raw")

@@ -9,7 +9,7 @@ from deploykit.cli.asked_texts import answered_record, answered_text, check_aske
 from deploykit.cli.command import Result, deploykit_command
 from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.cli.sampling_options import given_sampling, sampling_options
-from deploykit.cli.shared_options import FORCE, PRECISION, SERVER_URL, THREADS, reading_options
+from deploykit.cli.shared_options import DRAFT_MODEL, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -35,10 +35,11 @@ from deploykit.errors import UsageError
 @reading_options(on_error="skip")
 @FORCE
 @PRECISION
+@DRAFT_MODEL
 @THREADS
 def command(
     *, model: str, texts: tuple[str, ...], prompts: tuple[str, ...], url: str, source: str | None, output: str | None, ray: str | None,
-    prompt_column: str | None,    system: str | None, raw: bool, reading: Reading, force: bool, precision: str, threads: int | None, **sampling: Any,
+    prompt_column: str | None,    system: str | None, raw: bool, reading: Reading, force: bool, precision: str, draft_model: str | None, threads: int | None, **sampling: Any,
 ) -> Result:  # fmt: skip
     texts += prompts
     check_asked("generate", "some prompt", texts, source, output, reading)
@@ -46,12 +47,14 @@ def command(
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.opening import open_generator
     from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
+    from deploykit.tasks.text_generation.predictor import open_generator
 
     given = given_sampling(sampling)
-    where = {"precision": precision, "threads": threads, "url": url}
-    generator = open_generator(model, **where)
+    where: dict[str, Any] = {"precision": precision, "threads": threads, "url": url}
+    if ray is not None and draft_model is not None:
+        raise UsageError("--draft-model does not go with --ray", "leave one of them out")
+    generator = open_generator(model, draft_model, **where)
     try:
         how = How(override(generator.task.sampling, given), raw, system)
         if source is None or output is None:

@@ -7,6 +7,7 @@ import click
 
 from deploykit.cli.command import Result, deploykit_command, human_bytes, option
 from deploykit.cli.shared_options import (
+    DRAFT_MODEL,
     ENGINE,
     LONG_INPUT_HELP,
     MODEL_REPOSITORY,
@@ -57,6 +58,7 @@ _DEFAULT = ServingSettings()
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Let requests join the running batch, or wait until it is done. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
+@DRAFT_MODEL
 @click.option("--kubernetes", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Also write Kubernetes manifests, a Helm chart and KServe's resources for NVIDIA's container to DIR.")  # fmt: skip
 @REQUIRE_SIGNATURE
@@ -70,6 +72,7 @@ def command(
     precision: str,
     overwrite_config: bool,
     no_stream: bool,
+    draft_model: str | None,
     kubernetes: Path | None,
     require_signature: Path | None,
     **settings: Any,
@@ -89,6 +92,7 @@ def command(
         overwrite_config=overwrite_config,
         stream=not no_stream,
         require_signature=require_signature,
+        draft_model=None if draft_model is None else Path(draft_model),
     )
     size = sum(record.bytes for record in done.manifest.files.values())
     options = done.manifest.options

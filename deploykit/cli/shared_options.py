@@ -31,6 +31,12 @@ PRECISION = click.option(
     help="Precision: auto (INT8 if available), int8, int4, fp16, bf16 or fp32.",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads (default: all CPUs).")
+DRAFT_MODEL = option(
+    "--draft-model",
+    aliases=["--model-draft", "--speculative-model", "--assistant-model"],
+    metavar="EXPORT",
+    help="[text generation] Export of a smaller model with the same tokenizer, which guesses TARGET's next tokens: the same answers in fewer steps.",
+)
 METHODS = click.Choice(
     ["minmax", "entropy", "percentile", "mse"]
 )  # as in quantization.calibration, which is slow to import

@@ -6,6 +6,7 @@ the rules of ``token_distribution``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -285,6 +286,9 @@ class Constraint(Protocol):
     def advance(self, token_id: int) -> None:
         """Update the rule with the chosen token."""
 
+    def copy(self) -> Constraint:
+        """Return a rule that goes on from here by itself."""
+
 
 class Sampler:
     """A sampler of one answer. Its random numbers depend only on seed, prompt and answer number, not on other rows.
@@ -309,6 +313,15 @@ class Sampler:
         self._ends = np.array(sorted({*ends, *sampling.stop_token_ids}), np.int64)
         self._constraint = constraint
         self._random = np.random.default_rng((sampling.seed, answer, *prompt[-64:]))
+
+    def ahead(self) -> Sampler:
+        """Return a sampler that chooses the next tokens as this one will, by the same random numbers, and leaves it as it
+        is."""
+        other = copy.copy(self)
+        other._counts = dict(self._counts)
+        other._random = copy.deepcopy(self._random)
+        other._constraint = None if self._constraint is None else self._constraint.copy()
+        return other
 
     def choose(self, logits: Logits) -> int:
         """Return the next token's id. ``logits``: float32 [vocabulary]."""

@@ -89,12 +89,14 @@ def package(
     overwrite_config: bool = False,
     stream: bool = True,
     require_signature: Path | None = None,
+    draft_model: Path | None = None,
 ) -> Packaged:
     """Add an export to a model repository as the next version of ``name``.
 
     Unless ``stream`` is off, a translation model gets a second model beside it, NAME_stream, which sends the sentences
     of a document as each is translated. With ``require_signature``, a public key, the export must be signed with its
-    private key. Raises UsageError for a bad name or setting, ArtifactError when the export lacks the graph or is not
+    private key. ``draft_model``: the export of a smaller language model, whose weights are packaged too: it guesses tokens.
+    Raises UsageError for a bad name or setting, ArtifactError when the export lacks the graph or is not
     signed, or an existing config.pbtxt does not fit the model.
     """
     check_name(name)
@@ -105,15 +107,22 @@ def package(
     _check_settings(export.task, settings)
     graphs = find_graphs(export_dir, export, engine=engine, precision=precision, to_run=False)
     options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
-    files = (*graphs.files, *task_of(export.task).tokenizer_files(list(export.files)))
+    sources = {
+        file: export_dir / file for file in (*graphs.files, *task_of(export.task).tokenizer_files(list(export.files)))
+    }
+    if draft_model is not None:
+        from deploykit.tasks.text_generation.predictor import DRAFT_FILE, draft_file
+
+        sources[DRAFT_FILE] = draft_file(export_dir, graphs.engine, draft_model)
+        options["draft_model"] = load_manifest(draft_model, "export").digest
     streamer = f"{name}{STREAM_SUFFIX}" if stream and task_of(export.task).stream_backend else None
 
     kept = _place_config(repository / name, export.task, settings, engine=graphs.engine, overwrite=overwrite_config)
     if streamer is not None:
         _place_config(repository / streamer, export.task, settings, streams=name, overwrite=overwrite_config)
-    path, manifest, reused = _add_version(repository / name, export, export_dir, files, options)
+    path, manifest, reused = _add_version(repository / name, export, sources, options)
     if streamer is not None:
-        _add_version(repository / streamer, export, export_dir, (), {"name": streamer, "streams": name})
+        _add_version(repository / streamer, export, {}, {"name": streamer, "streams": name})
     return Packaged(path, name, int(path.name), manifest, reused=reused, config_kept=kept)
 
 
@@ -304,9 +313,9 @@ def _place_config(
 
 
 def _add_version(
-    model: Path, export: Manifest, source: Path, files: tuple[str, ...], options: Mapping[str, str]
+    model: Path, export: Manifest, sources: Mapping[str, Path], options: Mapping[str, str]
 ) -> tuple[Path, Manifest, bool]:
-    """Copy ``files`` from ``source`` to the next version folder, unless the newest one has the same content.
+    """Copy ``sources``, files by their new names, to the next version folder, unless the newest one has the same content.
 
     Returns the folder, its manifest, and whether it existed before.
     """
@@ -316,8 +325,8 @@ def _add_version(
         return model / str(newest), manifest, True
     out = model / str(newest + 1)
     with new_directory(out) as folder:
-        for file in files:
-            shutil.copyfile(source / file, folder / file)
+        for name, source in sources.items():
+            shutil.copyfile(source, folder / name)
         manifest = write_manifest(
             folder,
             "model",

@@ -125,7 +125,8 @@ class MixingCausalLm(Protocol):
         """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Keep only the first ``counts`` of the tokens that ``mix`` appended to each row."""
+        """Keep only the first ``counts`` of the tokens that ``mix`` appended to each row; a negative count also removes earlier
+        tokens."""
 
 
 class OnnxCausalLm:

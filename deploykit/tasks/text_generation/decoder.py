@@ -8,6 +8,7 @@ of 1, 17, 33, ... tokens, unless it has only one.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from deploykit.runtime.engines.causal_lm import CausalLm, Logits, MixingCausalLm
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
 from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
+from deploykit.tasks.text_generation.draft import Draft
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Constraint
@@ -86,6 +88,11 @@ class Query:
         return self.sampling.candidates
 
     @property
+    def most_tokens(self) -> int:
+        """Most tokens of the prompt and one answer, whatever the model's context."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
     def done(self) -> bool:
         return bool(self.answers) and all(answer.finish is not None for answer in self.answers)
 
@@ -121,7 +128,9 @@ class Decoder:
     ``tokens`` counts those generated since the decoder was made.
     """
 
-    def __init__(self, model: CausalLm, task: TextGeneration, tokenizer: ChatTokenizer) -> None:
+    def __init__(
+        self, model: CausalLm, task: TextGeneration, tokenizer: ChatTokenizer, draft: Draft | None = None
+    ) -> None:
         self.waiting: deque[Query] = deque()
         self.running: list[Answer] = []
         self.tokens = 0
@@ -130,6 +139,8 @@ class Decoder:
         self._eos = frozenset(task.eos_token_ids)
         self._prefixes = Prefixes(model.prefix_tokens)
         self._mixing = model if isinstance(model, MixingCausalLm) else None
+        self._draft = draft
+        self._drafted: dict[Answer, list[int]] = {}  # the draft's guesses of this step
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -217,13 +228,14 @@ class Decoder:
         guesses = self._guesses()
         if any(guesses):
             return self._try(guesses, parts)
-        tokens = [answer.ids[-1] for answer in self.running]
+        tokens, began = [answer.ids[-1] for answer in self.running], time.perf_counter()
         if parts:
             assert self._mixing is not None
             logits = self._mixing.mix([[token] for token in tokens], _for_model(parts))
             self._mixing.keep([1] * len(tokens))
         else:
             logits = self._model.step(np.array(tokens, np.int64))
+        self._took("plain", began, parts)
         searched = set()
         for row, answer in enumerate(self.running):
             if answer.beams is None:
@@ -237,7 +249,7 @@ class Decoder:
         """Return tokens that may come next in each row; none where a step with them would take much longer."""
         if self._mixing is None or any(answer.beams is not None for answer in self.running):
             return []
-        left, found = self._mixing.tokens_of_a_step - len(self.running), []
+        left, found, rooms = self._mixing.tokens_of_a_step - len(self.running), [], []
         if left <= 0:
             return []
         for answer in self.running:
@@ -245,8 +257,14 @@ class Decoder:
             prompt, most = len(answer.query.prompt), answer.query.sampling.max_new_tokens
             room = min(prompt + most, self._task.max_length) - prompt - len(answer.ids) - 1
             guess = answer.lookup.guess(min(left, room)) if left > 0 and room > 0 else []
+            rooms.append(room)
             left -= len(guess)
             found.append(guess)
+        if self._draft is not None:
+            self._drafted = self._draft.guess(
+                {answer: room for answer, room, guess in zip(self.running, rooms, found) if not guess}, left, len(found)
+            )
+            found = [guess or self._drafted.get(answer, []) for answer, guess in zip(self.running, found)]
         return found
 
     def _try(self, guesses: Sequence[list[int]], parts: Sequence[_Part]) -> Logits:
@@ -256,7 +274,9 @@ class Decoder:
         """
         assert self._mixing is not None
         tokens = [[answer.ids[-1], *guess] for answer, guess in zip(self.running, guesses)]
+        began = time.perf_counter()
         logits = self._mixing.mix(tokens, _for_model(parts))
+        self._took("check", began, parts)
         start, kept = 0, []
         for answer, guess in zip(self.running, guesses):
             right = 0
@@ -265,11 +285,20 @@ class Decoder:
                 right += 1
                 self._extend(answer, logits[start + right])
             assert answer.lookup is not None
-            answer.lookup.learn(len(guess), right)
+            if answer in self._drafted:
+                assert self._draft is not None
+                self._draft.learn(answer, len(guess), right)
+            else:
+                answer.lookup.learn(len(guess), right)
             kept.append(1 + right)
             start += 1 + len(guess)
         self._mixing.keep(kept)
         return logits[start:]
+
+    def _took(self, what: str, began: float, parts: Sequence[_Part]) -> None:
+        """Note what a step took that read no prompts."""
+        if self._draft is not None and not parts:
+            self._draft.pace.add(what, len(self.running), time.perf_counter() - began)
 
     def _parts(self, left: int) -> Iterator[_Part]:
         """Yield about ``left`` tokens of the prompt that is being read and of those that wait, while they can run.
@@ -454,6 +483,8 @@ class Decoder:
 
     def _remove(self, rows: Sequence[int]) -> None:
         if rows:
+            if self._draft is not None:
+                self._draft.forget([self.running[i] for i in rows])
             order = self._model.remove(np.array(rows, np.int64))
             self.running = [self.running[i] for i in order]
 

@@ -13,6 +13,7 @@ from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query
+from deploykit.tasks.text_generation.draft import Draft, DraftLm
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Grammars
@@ -81,15 +82,18 @@ class RowScore:
 
 
 class LocalGenerator:
-    """A language model in this process."""
+    """A language model in this process. ``draft``: a smaller one that guesses its tokens."""
 
-    def __init__(self, task: TextGeneration, tokenizer: ChatTokenizer, model: CausalLm) -> None:
-        self.task, self.tokenizer, self.model = task, tokenizer, model
+    def __init__(
+        self, task: TextGeneration, tokenizer: ChatTokenizer, model: CausalLm, draft: DraftLm | None = None
+    ) -> None:
+        self.task, self.tokenizer, self.model, self.draft = task, tokenizer, model, draft
         self.grammars = Grammars(tokenizer.tokenizer, task.vocabulary, task.eos_token_ids)
         self._new_decoder()
 
     def _new_decoder(self) -> None:
-        self.decoder = Decoder(self.model, self.task, self.tokenizer)
+        draft = None if self.draft is None else Draft(self.draft)
+        self.decoder = Decoder(self.model, self.task, self.tokenizer, draft)
 
     @property
     def has_template(self) -> bool:

@@ -108,6 +108,10 @@ class Constraint:
         self._matcher = matcher
         self._name = name
 
+    def copy(self) -> Constraint:
+        """Return the same ways for another answer with the same text so far."""
+        return Constraint(self._matcher.deep_copy(), self._name)
+
     @property
     def done(self) -> bool:
         """Whether the answer is complete and nothing can follow it."""

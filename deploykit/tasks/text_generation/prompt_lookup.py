@@ -19,12 +19,12 @@ _REST = 32
 
 
 class PromptLookup:
-    """The guesses for one answer. ``tokens``: the prompt and the answer so far."""
+    """The guesses for one answer. ``share``: of guessed tokens that were right, lately."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # a gram's last place but the newest one
-        self._share, self._rests = 0.5, 0
+        self.share, self._rests = 0.5, 0
         self.add(prompt)
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -45,6 +45,6 @@ class PromptLookup:
     def learn(self, guessed: int, right: int) -> None:
         """Record how many of the ``guessed`` tokens were ``right``."""
         if guessed:
-            self._share += 0.25 * (right / guessed - self._share)
-            if self._share < _LEAST_SHARE:
-                self._share, self._rests = 0.5, _REST
+            self.share += 0.25 * (right / guessed - self.share)
+            if self.share < _LEAST_SHARE:
+                self.share, self._rests = 0.5, _REST

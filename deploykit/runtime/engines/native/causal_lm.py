@@ -40,9 +40,6 @@ class _Area:
 
 Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Keys of whole groups of 16 positions, and values of some tokens, in the bytes of ``csrc/causal.h``."""
-_CACHE_BYTES = {"fp16": 2, "int8": 1, "fp32": 4}
-_SCALE_BYTES = 8
-"""Bytes of a scale of a key or a value in INT8."""
 
 
 def _library() -> ctypes.CDLL:
@@ -58,7 +55,9 @@ def _library() -> ctypes.CDLL:
 
 class NativeCausalLm:
     """``CausalLm`` on the engine ``native``. A token's logits depend neither on other rows, nor on the
-    parts that a prompt is read in, nor on the number of threads, to the bit."""
+    parts that a prompt is read in, nor on the number of threads, to the bit.
+
+    ``beside``: bytes of a token in the caches of another model that shares ``max_cache_bytes`` and holds as many tokens."""
 
     def __init__(
         self,
@@ -68,18 +67,18 @@ class NativeCausalLm:
         context: int,
         max_rows: int = MAX_ROWS,
         max_cache_bytes: int | None = None,
+        beside: int = 0,
     ) -> None:
         self._library = _library()
         self._weights = weights = CausalWeights(file)
+        self.context = context
         if weights.longest is not None and context > weights.longest:
             raise EngineError(f"{file}: the model knows {weights.longest} positions, not {context}", "export it again")
         self.vocabulary = weights.vocabulary
-        size = -(-weights.head_size // 16) * 16
-        value_bytes = size * _CACHE_BYTES[weights.cache]
-        key_bytes = value_bytes + (_SCALE_BYTES if weights.cache == "int8" else 0)
-        token_bytes = weights.layers * weights.key_heads * (key_bytes + value_bytes)
+        key_bytes, value_bytes = weights.head_bytes
+        self.token_bytes = weights.token_bytes
         self.max_rows, self.rows = max_rows, 0
-        self.max_tokens, self.prefix_tokens = cached_tokens(max_cache_bytes, token_bytes, context)
+        self.max_tokens, self.prefix_tokens = cached_tokens(max_cache_bytes, self.token_bytes + beside, context)
         groups = -(-min(context, max(self.max_tokens, 1)) // _TOGETHER)
         self._longest = groups * _TOGETHER
         slots = (max_rows + 1, weights.layers, weights.key_heads)

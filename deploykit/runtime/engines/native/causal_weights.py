@@ -21,6 +21,9 @@ BLOCK = 32
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3, "fp16": 4}
 CACHES = ("fp16", "int8", "fp32")
 """Types of keys and values."""
+_CACHE_BYTES = {"fp16": 2, "int8": 1, "fp32": 4}
+_SCALE_BYTES = 8
+"""Of a key and a value in INT8."""
 _PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "low")}
 
 
@@ -164,6 +167,17 @@ class CausalWeights(WeightFile):
             self._rearranged[name] = copy
         address: int = self._rearranged[name].ctypes.data
         return address
+
+    @property
+    def head_bytes(self) -> tuple[int, int]:
+        """Bytes of a key and of a value of one head in the caches."""
+        value_bytes = -(-self.head_size // 16) * 16 * _CACHE_BYTES[self.cache]
+        return value_bytes + (_SCALE_BYTES if self.cache == "int8" else 0), value_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in the caches."""
+        return self.layers * self.key_heads * sum(self.head_bytes)
 
     @property
     def quantized_matrices(self) -> int:
