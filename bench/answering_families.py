@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "deberta-v2")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert")
 _VOCABULARY = 4000
 
 
@@ -33,17 +33,18 @@ def write_answerer(
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
     types = ["token_type_ids"] if family in ("bert", "electra") else []
+    # ALBERT's tokenizer does not say which inputs it gives.
+    listed = {} if family == "albert" else {"model_input_names": ["input_ids", *types, "attention_mask"]}
     PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), model_max_length=length, **names,
-        model_input_names=["input_ids", *types, "attention_mask"],
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer_file=str(folder / "tokenizer.json"), model_max_length=length, **names, **listed
+    ).save_pretrained(folder)
     sizes: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "max_position_embeddings": length + 8, "pad_token_id": 0, "initializer_range": 0.3,
     }  # fmt: skip
     if family == "distilbert":
         sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-    if family == "electra":
+    if family in ("electra", "albert"):
         sizes["embedding_size"] = 32
     if family == "deberta-v2":
         sizes |= {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
@@ -72,7 +73,7 @@ def _trained(family: str, texts: Sequence[str]) -> tuple[Any, tuple[str, str, st
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), add_prefix_space=False)
         return tokenizer, special
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    if family == "deberta-v2":
+    if family in ("deberta-v2", "albert"):
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

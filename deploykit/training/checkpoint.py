@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 from deploykit.artifacts import load_manifest
@@ -19,6 +22,7 @@ from deploykit.training.source import ADAPTER, check_family, check_source
 from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
 
 _DEFAULT_MAX_LENGTH = 512
+_CHARSMAP = "precompiled_charsmap"
 _POSITIONS_AFTER_PADDING = frozenset((
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -36,6 +40,7 @@ def quiet() -> None:
 def load_tokenizer(model: str, *, fast: bool = True) -> Any:
     """Return the checkpoint's tokenizer. Raises ArtifactError when there is none, or with ``fast`` no tokenizer.json."""
     check_source(model)
+    _read_sentencepiece_models()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Marian's recommends a package that it then makes no use of
@@ -51,7 +56,38 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
             f"{model}: its tokenizer reads special tokens in texts as plain text (split_special_tokens), which is not served",
             "set split_special_tokens to false in tokenizer_config.json",
         )
+    if fast:
+        _restore(tokenizer, Path(model) / "tokenizer.json")
     return tokenizer
+
+
+def _read_sentencepiece_models() -> None:
+    """Let transformers read SentencePiece models by its own copy of their format where sentencepiece's does not load.
+
+    sentencepiece 0.2.3's wants protobuf 7, which Triton's client does not take.
+    """
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:
+        return
+    except Exception:  # protobuf's own VersionError
+        own = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
+        sys.modules["sentencepiece.sentencepiece_model_pb2"] = own
+
+
+def _restore(tokenizer: Any, file: Path) -> None:
+    """Give the tokenizer those parts of its ``file`` in place of which transformers 5, other than 4, makes its own.
+
+    These are SentencePiece's normalization (of DeBERTa-v2 and BigBird), and the separator of a pair, which is one token of
+    DeBERTa, not two.
+    """
+    if not file.is_file():
+        return
+    saved, used = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer
+    if _CHARSMAP in str(saved.normalizer) and _CHARSMAP not in str(used.normalizer):
+        used.normalizer = saved.normalizer
+    if type(tokenizer).__name__ == "DebertaTokenizer":
+        used.post_processor = saved.post_processor
 
 
 def load_config(model: str, **config: Any) -> Any:

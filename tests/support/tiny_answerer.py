@@ -10,7 +10,7 @@ from typing import Any
 from answering_families import write_answerer
 
 WORDS = tuple(f"w{i}" for i in range(200))
-FAMILIES = ("bert", "distilbert", "electra", "roberta", "deberta-v2")
+FAMILIES = ("bert", "distilbert", "electra", "roberta", "deberta-v2", "albert")
 CONTEXT = "The w1 river 😀 rises in w2. Ein Café steht dort — e\u0301tape  w3!\r\n它在北京。 １２３ end w4"
 
 
@@ -68,7 +68,7 @@ def _tokenizer(family: str) -> tuple[Any, tuple[str, str, str, str]]:
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), add_prefix_space=False)
         return tokenizer, special
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    if family == "deberta-v2":
+    if family in ("deberta-v2", "albert"):
         scored = [(token, 0.0) for token in special]
         scored += [(piece, -1.0) for piece in ("▁", *(f"▁{word}" for word in WORDS), "▁The", "▁end")]
         scored += [(letter, -3.0) for letter in letters]

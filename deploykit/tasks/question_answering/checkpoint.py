@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.errors import ArtifactError, UsageError, first_line
 from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.question_answering.facts import QuestionAnswering
-from deploykit.tasks.question_answering.predictor import Answerer, Logits
+from deploykit.tasks.question_answering.predictor import Answerer, Logits, with_types
 from deploykit.tasks.question_answering.windows import PairTokenizer
 from deploykit.training.checkpoint import check_vocabulary, load_model, load_tokenizer, max_tokens, pad_token_id, quiet
+from deploykit.training.padding import padded
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
 """Default window length and stride (tokens), as BERT's authors used for SQuAD."""
+
+_TRIED = ("good", "The quick brown fox jumps over the lazy dog, and 3 more words.")
+"""Contexts that ``check_model`` asks about."""
+_TOLERANCE = 1e-3
 
 
 class TorchAnswerer(Answerer):
@@ -37,7 +44,10 @@ class TorchAnswerer(Answerer):
         quiet()
         tokenizer, model = load_tokenizer(str(path)), load_model(str(path), QuestionAnswering.name)
         check_vocabulary(model, tokenizer, str(path))
-        return cls(model, tokenizer, task_of(path, tokenizer, model))
+        answerer = cls(model, tokenizer, task_of(path, tokenizer, model))
+        if not (path / MANIFEST).exists():
+            check_model(answerer, str(path))
+        return answerer
 
     def run(self, inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:
         """Return start and end logits, float32 [windows, tokens]."""
@@ -46,6 +56,39 @@ class TorchAnswerer(Answerer):
             output = self.model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
         start, end = (np.asarray(logits.float().cpu().numpy()) for logits in (output.start_logits, output.end_logits))
         return start, end
+
+
+def check_model(answerer: TorchAnswerer, origin: str) -> None:
+    """Refuse a model that cannot be served: run it in eval mode on windows of two lengths, alone and padded to one batch.
+
+    Raises UsageError naming the model's type when it does not run, computes no numbers, or answers otherwise with padding.
+    """
+    model, task = answerer.model, answerer.task
+    kind, remedy = f"{origin}: models of type {model.config.model_type}", "start from another model, a BERT, say"
+    if model.config.model_type == "xlnet":
+        raise UsageError(f"{kind} have no answers to compare with: transformers' pipeline misplaces theirs", remedy)
+    windows = [next(answerer.tokenizer.windows(answerer.tokenizer.question("a"), answerer.tokenizer.context(text)))
+               for text in _TRIED]  # fmt: skip
+
+    def logits(rows: Sequence[int]) -> list[NDArray[np.float32]]:
+        ids, mask = padded([windows[row].ids for row in rows], task.pad_token_id)
+        both = answerer.run(with_types(task, ids.numpy(), mask.numpy(), windows, rows))
+        return [np.stack([part[i, : len(windows[row].ids)] for part in both]) for i, row in enumerate(rows)]
+
+    training = model.training
+    model.eval()
+    try:
+        alone, together = [logits([row])[0] for row in range(len(windows))], logits(range(len(windows)))
+    except Exception as error:  # whatever the architecture raises, it cannot answer questions like these
+        raise UsageError(f"{kind} do not run on a short text: {first_line(error)}", remedy) from error
+    model.train(training)
+    if not all(np.isfinite(part).all() for part in alone):
+        raise ArtifactError(f"{origin}: computes NaN or infinity for a short text", "check the weights, or train again")
+    for own, other in zip(alone, together):
+        if np.abs(own - other).max() > _TOLERANCE * max(1.0, float(np.abs(own).max())):
+            raise UsageError(
+                f"{kind} answer otherwise when a text is padded, so they cannot be served in batches", remedy
+            )
 
 
 def task_of(path: Path, tokenizer: Any, model: Any) -> QuestionAnswering:
@@ -70,9 +113,16 @@ def facts_of(tokenizer: Any, model: Any, **chosen: Any) -> QuestionAnswering:
 
 
 def _takes_token_types(tokenizer: Any, model: Any) -> bool:
-    """Return whether token type ids change the model's outputs."""
+    """Return whether token type ids change the model's outputs, and it was trained with them.
+
+    transformers 5 leaves the types of some tokenizers (ALBERT's, say) out unless it is asked for them, transformers 4 does
+    not: only a list in the tokenizer's own settings counts. BigBird's are left out by both.
+    """
+    config = model.config
+    listed = tokenizer.init_kwargs.get("model_input_names", ["token_type_ids"])
     return (
-        "token_type_ids" in tokenizer.model_input_names
-        and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+        "token_type_ids" in listed
+        and config.model_type != "big_bird"
+        and int(getattr(config, "type_vocab_size", 0) or 0) > 1
         and "token_type_ids" in inspect.signature(model.forward).parameters
     )

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, facts_of
+from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, check_model, facts_of
 from deploykit.tasks.question_answering.clean import CleaningReport, clean
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.metrics import answer_metrics, is_chinese
@@ -73,6 +73,7 @@ class QuestionAnsweringStage:
         loaded = self._model()
         model = loaded.model
         answerer = TorchAnswerer(model, self._tokenizer, self._task(model, rows.splits["train"]))
+        check_model(answerer, options.origin)
         for examples in rows.splits.values():
             check_room(answerer.tokenizer, examples, answerer.task.doc_stride)
         labelled = label_windows(answerer.tokenizer, rows.splits["train"])

@@ -53,7 +53,7 @@ def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int)
     task, hub = answerer.task, answerer.hub_tokenizer
     encoded = hub(
         question, context, truncation="only_second", max_length=task.max_length, stride=task.doc_stride,
-        return_overflowing_tokens=True, return_offsets_mapping=True,
+        return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
     )  # fmt: skip
     answers: list[dict[str, Any]] = []
     for window, ids in enumerate(encoded["input_ids"]):

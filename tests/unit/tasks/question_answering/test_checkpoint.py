@@ -1,0 +1,78 @@
+"""Checkpoints trained elsewhere: token types, and models that cannot be served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from answering_families import FAMILIES
+from tiny_answerer import write_checkpoint
+from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
+
+TYPED = {"bert", "electra", "albert"}
+SIZES = {
+    "vocab_size": 999,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_types_are_those_that_transformers_4_gives(family: str, tmp_path: Path) -> None:
+    task = TorchAnswerer.load(write_checkpoint(tmp_path / "model", family)).task
+    assert task.token_types == (family in TYPED)
+
+
+def _with_model(folder: Path, kind: str, **sizes: Any) -> Path:
+    """Write a BERT's tokenizer with a random model of another kind."""
+    write_checkpoint(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, initializer_range=0.3, **sizes)
+    AutoModelForQuestionAnswering.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_padding_confuses_is_refused(tmp_path: Path) -> None:
+    folder = _with_model(tmp_path / "model", "fnet", **SIZES)
+    with pytest.raises(UsageError, match="of type fnet answer otherwise when a text is padded"):
+        TorchAnswerer.load(folder)
+
+
+def test_a_model_whose_answers_nothing_checks_is_refused(tmp_path: Path) -> None:
+    folder = _with_model(tmp_path / "model", "xlnet", vocab_size=999, d_model=32, n_layer=2, n_head=2, d_inner=64)
+    with pytest.raises(UsageError, match="of type xlnet have no answers to compare with"):
+        TorchAnswerer.load(folder)
+
+
+def test_a_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
+    """The tokenizer separates with one token, Longformer wants two."""
+    folder = _with_model(tmp_path / "model", "longformer", attention_window=[16, 16], **SIZES)
+    with pytest.raises(
+        UsageError, match="of type longformer do not run on a short text: There should be exactly three"
+    ):
+        TorchAnswerer.load(folder)
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.weight.fill_(3e38)
+    model.save_pretrained(folder)
+    with pytest.raises(ArtifactError, match="computes NaN or infinity for a short text"):
+        TorchAnswerer.load(folder)
+
+
+def test_settings_that_leave_token_types_out_are_kept(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids"]}))
+    assert not TorchAnswerer.load(folder).task.token_types
