@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 from jetson_bundles import silent, with_tensorrt_graphs
-from native_encoders import runs_here
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, MissingDependencyError
@@ -24,7 +23,7 @@ from deploykit.jetson.bundle import bundle, unpack
 from deploykit.jetson.check import Finding, examine
 from deploykit.jetson.contents import Description
 from deploykit.jetson.library import LIBRARY
-from deploykit.runtime.engines import NATIVE_FILE, load_engine
+from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.tasks.classification import bundle as classifier_bundle
@@ -258,23 +257,6 @@ def test_both_engines_of_a_translator_are_built_verified_and_a_wrong_one_is_refu
     for tensorrt.gain in (-1.0, float("nan"), 1.5):  # with the last, a greedy search says the same, too sure of it
         with np.errstate(invalid="ignore"), pytest.raises(EngineError, match="wrong answers: 6 rows"):
             device.verify(on(unpacked_translator))
-
-
-@runs_here
-def test_a_translators_bundle_runs_native_where_tensorrt_is_missing(
-    unpacked_translator: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    library = unpacked_translator / "lib" / LIBRARY
-    assert library.read_bytes()[:20].endswith(b"\xb7\x00"), "an ELF file for aarch64"
-    monkeypatch.setattr(device, "tensorrt_version", lambda: None)
-    assert device.choose_engine(unpacked_translator) == "native"
-    assert "TensorRT is not installed: the engine native runs" in capsys.readouterr().out
-    manifest = device.build(on(unpacked_translator, "native"))
-    assert (manifest.options["precision"], *manifest.options["files"]) == ("int8", NATIVE_FILE)
-    device.verify(on(unpacked_translator, "native"))
-    assert "100% equal" in capsys.readouterr().out
-    monkeypatch.setattr(device, "tensorrt_version", lambda: "10.3.0")
-    assert device.choose_engine(unpacked_translator) == "tensorrt"
 
 
 def test_a_bundle_without_native_needs_tensorrt(unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
