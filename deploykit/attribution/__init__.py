@@ -1,1 +1,1 @@
-"""Say which words of a text a model's answer comes from. Numpy alone: it works for any model that can be asked."""
+"""Find the words of a text that led to a model's answer, with numpy only, for any model that can answer texts."""

@@ -19,8 +19,8 @@ _RANDOM_ORDERS = 5
 
 
 Measure = Literal["log-odds", "number", "log-probability", "similarity"]
-"""Measures that weights are differences of: the log-odds of a label or span, the number of a regression, the log-probability of a
-text, or the likeness of another text to it (1: the same)."""
+"""Measures whose differences are weights: the log-odds of a label or span, the number of a regression, the log-probability of a
+text, or the similarity of another text to it (1: the same)."""
 
 
 class ExplainedText(Protocol):
@@ -28,7 +28,7 @@ class ExplainedText(Protocol):
 
     text: str
     words: Sequence[Span]
-    """The words or sentences that may be removed, as places in ``text``."""
+    """The words or sentences that may be removed, as positions in ``text``."""
     answer: str
     measure: Measure
     is_label: bool
@@ -38,7 +38,7 @@ class ExplainedText(Protocol):
         """Return the ``measure`` of the same answer for each set of words to remove."""
 
     def score(self, value: float) -> float:
-        """Return what is shown for a value: a probability of the log-odds, of a text the geometric mean probability of its
+        """Return the number to display for a value: the probability of log-odds, or for a text the geometric mean probability of its
         tokens."""
 
 
@@ -97,7 +97,7 @@ class Explanation:
 
 
 def explain(explained: ExplainedText, method: str, *, check: bool, seed: int = 0) -> Explanation:
-    """Explain one answer by ``method``: "gradients", or "occlusion" (what is lost when the word is removed)."""
+    """Explain one answer by ``method``: "gradients", or "occlusion" (the loss when the word is removed)."""
     if method == "gradients":
         assert isinstance(explained, Differentiable)
         base, weights = float(explained.values([()])[0]), explained.gradients()
@@ -139,7 +139,7 @@ def mean_deletion(explanations: Sequence[Explanation]) -> Deletion | None:
 def words_of_answers(explanations: Sequence[Explanation], most: int = 20) -> dict[str, list[tuple[str, float, int]]]:
     """Return the words that push most towards each answer: word, mean weight, and number of occurrences.
 
-    The answers are labels, "a higher number" and "a lower number", or "any answer" where each text has its own. The order is
+    The answers are labels, "a higher number" and "a lower number", or "any answer" if each text has its own. The order is
     by the sum of weights / (occurrences + 2), so that a rare word is not first by chance.
     """
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
@@ -160,14 +160,14 @@ def words_of_answers(explanations: Sequence[Explanation], most: int = 20) -> dic
 
 
 def _groups(explanation: Explanation) -> list[tuple[str, int]]:
-    """Return the names under which an explanation's words are added up, and the sign of the weights that count."""
+    """Return the names under which an explanation's words are summed, and the sign of the weights that count."""
     if explanation.measure == "number":
         return [("a higher number", 1), ("a lower number", -1)]
     return [(explanation.answer if explanation.is_label else "any answer", 1)]
 
 
 def check_gradients(*, is_checkpoint: bool) -> None:
-    """Raise UsageError where the model is no checkpoint, MissingDependencyError without captum: gradients need both."""
+    """Raise UsageError if the model is not a checkpoint, MissingDependencyError without captum: gradients need both."""
     if not is_checkpoint:
         raise UsageError("gradients need a checkpoint", "give the checkpoint, or --method occlusion")
     try:

@@ -28,7 +28,7 @@ def split_units(text: str, unit: Unit) -> list[Span]:
 
 
 def without(text: str, words: Collection[Span]) -> str:
-    """Return the text without some of its words; what is left keeps its order, with single spaces."""
+    """Return the text without some of its words; the other words keep their order, with single spaces."""
     kept, end = [], 0
     for first, last in sorted(words):
         kept.append(text[end:first])

@@ -1,4 +1,4 @@
-"""Measure the export of a student beside its teacher and the checkpoint that it was made of."""
+"""Compare the export of a student with its teacher and its checkpoint."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from deploykit.tasks.registry import get_task
 from deploykit.text_table import text_table
 
 _ROWS: Mapping[GraphKind, int] = {"encoder": 500, "encoder-decoder": 100, "decoder": 20}
-"""Most held-out rows that each model answers."""
+"""Maximum number of held-out rows that each model answers."""
 _LONGEST_ANSWER = 64
 _SECONDS, _WARMUP_S = 1.0, 0.5
 
 
 def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Return a record of ``deploykit bench``, one caller, with the teacher of the run ``checkpoint``, the run itself, and its
-    ``export``; None if it has no teacher, or one that is not there any more.
+    ``export``; None if it has no teacher, or if the teacher no longer exists.
 
-    The record and its page are EXPORT.teacher.json and .html. What was measured of the same export is not measured again.
+    The record and its page are EXPORT.teacher.json and .html. Earlier measurements of the same export are reused.
     """
     if not (checkpoint / MANIFEST).exists():
         return None

@@ -29,7 +29,7 @@ def highest_rate(
     """Return the probe at the highest rate whose p99 (or other ``figure``) stays within ``limit_ms`` without a failed
     request.
 
-    The search goes from ``start`` in steps of 50%, then by bisection to 5%. Returns None if one request every two
+    The search starts at ``start``, takes steps of 50%, then bisects to 5%. Returns None if one request every two
     seconds is already too many.
 
     Source: the Server scenario of MLPerf Inference (Reddi et al., 2020).

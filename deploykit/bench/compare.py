@@ -3,7 +3,7 @@
 A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges (min to max) do not overlap
 and the medians are more than 5% apart. For two equal systems, the ranges of 3 rounds each are disjoint by chance once
 in 10 times, those of 5 rounds once in 126 (2 / C(2n, n)). That spread does not contain a drift between two runs, which
-affects all rounds of one run alike: measure again what matters. With fewer than 3 rounds in either record, the verdict
+affects all rounds of one run alike: repeat measurements that matter. With fewer than 3 rounds in either record, the verdict
 is "too few rounds".
 
 For a search of the highest rate within a p99 limit, only throughput is compared. Memory and accuracy have one value per

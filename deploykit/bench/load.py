@@ -119,7 +119,7 @@ def measure(
 ) -> Measurement:
     """Put ``target`` under load for ``seconds``, after ``warmup_s`` of the same load that does not count.
 
-    Texts are sent in an order shuffled by ``seed``, again and again. Failures are counted, never raised; a request
+    Texts are sent repeatedly in an order shuffled by ``seed``. Failures are counted, never raised; a request
     without an answer after ``timeout_s`` is a failure. ``generation`` replaces a translator's own search parameters. A
     search for a rate (``Within``) takes that time for each rate that it tries.
     """

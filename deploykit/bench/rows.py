@@ -1,4 +1,4 @@
-"""Read the texts that a bench sends."""
+"""Read the texts for a benchmark."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Candidate:
     - ``size_mb`` (1e6 bytes): size of the graph files.
     - ``generation``: replaces a translator's own search parameters.
     - ``peak_memory_mb`` and ``first_answer_s`` (from the start of Python): measured before, in a separate process.
-    - ``texts``: replace the bench's texts, for candidates that differ only in their texts; not graded.
+    - ``texts``: replace the benchmark's texts, for candidates that differ only in their texts; not graded.
     """
 
     name: str
@@ -324,7 +324,7 @@ def _result(
 
 
 def _without_shared_memory(result: CandidateResult) -> CandidateResult:
-    """Drop memory figures of this process from when it held several candidates."""
+    """Drop memory figures of this process from times with several loaded candidates."""
     if isinstance(result.candidate.target, Server):
         return result
     scenarios = tuple(

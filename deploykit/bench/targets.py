@@ -73,7 +73,7 @@ def bench_targets(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A candidate that is not open yet."""
+    """A candidate that has not been opened yet."""
 
     name: str
     target: str

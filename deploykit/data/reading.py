@@ -46,7 +46,7 @@ class Reading:
         return any(getattr(self, name) for name in _TABLE_OPTIONS)
 
     def check(self) -> None:
-        """Raise UsageError for the first option that makes no sense."""
+        """Raise UsageError for the first invalid option."""
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
             raise UsageError(
                 f"--delimiter is {self.delimiter!r}",

@@ -1,4 +1,4 @@
-"""An encoder-decoder transformer as plain arrays, which families read and graph writers write."""
+"""Represent an encoder-decoder transformer as plain arrays, which families read and graph writers write."""
 
 from __future__ import annotations
 

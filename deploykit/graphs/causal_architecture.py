@@ -1,4 +1,4 @@
-"""A decoder-only transformer as plain arrays, read from a checkpoint and written as a graph.
+"""Represent a decoder-only transformer as plain arrays, read from a checkpoint and written as a graph.
 
 To add a family, write a function that returns its layers, and add it to ``FAMILIES``.
 """

@@ -66,8 +66,8 @@ def build_causal_lm(
 ) -> onnx.ModelProto:
     """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32.
 
-    ``ranges``: of the inputs of INT8 layers, by the layer's name; without them activations are rounded as they come.
-    ``rounding``: of weights in blocks; without it each goes to the nearest.
+    ``ranges``: of the inputs of INT8 layers, by the layer's name; without them activations are quantized dynamically.
+    ``rounding``: of weights in blocks; without it each weight is rounded to the nearest level.
     """
     return CausalWriter(
         "model", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept), rounding=rounding

@@ -1,4 +1,4 @@
-"""Quantize, grade and build the graphs of an encoder: what the exports of all tasks with one such graph share."""
+"""Quantize, grade and build the graphs of an encoder: the common part of exports with one such graph."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class EncoderGrader(Grader[Raw]):
 
     @abstractmethod
     def outputs(self, engine: Engine) -> Raw:
-        """Return what an engine gives for the rows."""
+        """Return the outputs of an engine for the rows."""
 
     @abstractmethod
     def sample_outputs(self, engine: Engine) -> NDArray[np.float32]:
-        """Return what an engine gives for some of the rows, as numbers that tell how far two forms are apart."""
+        """Return the outputs of an engine for some of the rows, as numbers that measure the distance of two forms."""
 
     def check_fp32(self, outputs: Raw, name: str) -> None:
-        """Raise ExportError when the fp32 outputs of the form ``name`` are not PyTorch's. Nothing is checked here."""
+        """Raise ExportError if the fp32 outputs of the form ``name`` differ from PyTorch's. The default checks nothing."""
 
     def grade(self, precision: Precision, name: str) -> Line:
         """Grade an engine's outputs. Raises ExportError when ``check_fp32`` does, or no layer of an INT8 graph runs in INT8."""
@@ -93,7 +93,7 @@ class EncoderGrader(Grader[Raw]):
 
 @contextlib.contextmanager
 def running(graph: str, engine: str) -> Iterator[None]:
-    """Raise ExportError for whatever an engine raises because it cannot load or run a graph."""
+    """Raise ExportError for any exception of an engine that cannot load or run a graph."""
     try:
         yield
     except Exception as error:  # engines' exceptions have no common base
@@ -115,7 +115,7 @@ def calibrated(
 ) -> Calibrated:
     """Take the ``saved`` calibration of the fp32 graph in ``directory``, or calibrate it on ``rows``.
 
-    Raises ExportError where SmoothQuant finds nothing to smooth.
+    Raises ExportError if SmoothQuant finds nothing to smooth.
     """
     graph = directory / GRAPH
     if saved is not None:
@@ -130,10 +130,10 @@ def quantize_graphs(
     found: Calibrated, method: str, ranges: Ranges, directory: Path, options: ExportOptions, grader: EncoderGrader[Any],
     remedy: str, trace: MeasurementLog, say: Say, others: Callable[[], Mapping[str, Quantizer]] = dict,
 ) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
-    """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
+    """Write a Q/DQ graph for each engine; if one loses too much, leave its most sensitive layers in fp32.
 
-    ``others`` gives, by file, what is quantized beside the graphs, and has written it whole. Returns what the manifest
-    says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
+    ``others`` has, by file, other quantizers, which have already written all their parts in INT8. Returns the record for the manifest,
+    and the ranges of the activations that are S8 (in OpenVINO's graph).
     """
     calibration = found.calibration
     calibration.save(directory)
@@ -173,7 +173,7 @@ def _hold_limit(
     engine: str, quantizer: Quantizer, options: ExportOptions, grader: EncoderGrader[Any], remedy: str, trace: MeasurementLog,
     say: Say,
 ) -> Search | None:  # fmt: skip
-    """Leave as few of the quantizer's parts in fp32 as hold the limit."""
+    """Leave the fewest of the quantizer's parts in fp32 that keep the loss within the limit."""
 
     def write(kept: Collection[str]) -> Line:
         quantizer.write(set(quantizer.parts) - set(kept))
@@ -191,8 +191,8 @@ def build_engines(
     trt: EngineOptions, ranges: Ranges, smoothing: Scales, grader: EncoderGrader[Any], say: Say,
     inputs: Inputs = CLASSIFIER_INPUTS,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine,
-    which is graded too where it runs here.
+    """Write a graph of each precision for TensorRT, grade it on the CPU if possible, and build its engine,
+    which is graded too if it runs here.
 
     ``write_half`` writes the model's graph in float16 or bfloat16. INT8 is Q/DQ in the fp16 graph, smoothed as the ranges
     were calibrated, of the activations that have ``ranges``.

@@ -1,4 +1,4 @@
-"""Families of encoders that deploykit's own engine runs: what their weights are.
+"""Read the weights of encoder families that deploykit's own engine runs.
 
 The encoder is BERT's in all of them: embeddings with a norm, layers with a norm after attention and after feed-forward, and a
 head that reads the first token (classifiers) or every token.
@@ -36,11 +36,11 @@ class TextHead:
 
 @dataclass(frozen=True)
 class Encoder:
-    """All that determines the function of an encoder with a head.
+    """An encoder with a head: weights and settings.
 
-    ``embedding`` is [vocabulary, hidden]; ``positions`` [types x length, hidden], row 0 for the first token, with whatever
+    ``embedding`` is [vocabulary, hidden]; ``positions`` [types x length, hidden], row 0 for the first token, including whatever
     else is added to every token, for each of the ``types`` of tokens. With ``padding``, the id of the padding token, row 0 is
-    for that token, wherever a text has it, and the others are counted from row 1. A linear layer as ``head`` is applied to
+    for that token, anywhere in a text, and positions of other tokens count from row 1. A linear layer as ``head`` is applied to
     the hidden state of every token.
     """
 
@@ -98,10 +98,10 @@ _POSITION_TYPES = ("absolute", None)
 
 
 def read_encoder(model: Any, *, typed: bool = False, token_head: str | None = None) -> Encoder:
-    """Return what ``model`` (a Hugging Face model, on the CPU) computes; with ``typed``, of tokens of every type.
+    """Read ``model`` (a Hugging Face model, on the CPU); with ``typed``, with tokens of every type.
 
-    ``token_head`` names the linear layer that every token goes through; without it the model is a sequence classifier.
-    Raises ExportError for a model that computes something else than an ``Encoder`` can say.
+    ``token_head`` names the linear layer for every token; without it the model is a sequence classifier.
+    Raises ExportError for a model that an ``Encoder`` cannot represent.
     """
     config = model.config
     if (kind := config.model_type) not in FAMILIES:
@@ -184,7 +184,7 @@ class _Read(Weights):
 
 
 def _relative_bias(encoder: Any, table: Array, positions: Array) -> RelativeBias:
-    """Return MPNet's bias, which depends on the distance alone, but in buckets."""
+    """Return MPNet's bias, which depends only on the bucket of the distance."""
     most = len(positions) - 1
     buckets = encoder.relative_position_bucket(torch.arange(-most, most + 1))
     return RelativeBias(np.ascontiguousarray(table[buckets.numpy()].T), most)

@@ -59,7 +59,7 @@ class CalibrationOptions(Reading):
 
     @property
     def row_files(self) -> tuple[str, ...]:
-        """The files of rows that are named."""
+        """The files of rows that the options name."""
         return (self.calibration_data,) if self.calibration_data else ()
 
     @property
@@ -69,7 +69,7 @@ class CalibrationOptions(Reading):
 
     @property
     def rows_to_calibrate(self) -> int:
-        """Most rows to calibrate on."""
+        """Maximum number of rows to calibrate on."""
         return _CALIBRATION_ROWS if self.calibration_rows is None else self.calibration_rows
 
     def check_task(self, task: Task, checkpoint: Path) -> None:
@@ -128,7 +128,7 @@ class ExportOptions(CalibrationOptions):
 
     @property
     def calibrates(self) -> bool:
-        """Whether an option of calibration is given: a language model is calibrated only then."""
+        """Whether a calibration option is given: only then is a language model calibrated."""
         of_calibration = (*_OF_ROWS, "calib", "method", "smooth_quant")
         return any(getattr(self, name) is not None for name in of_calibration)
 

@@ -19,7 +19,7 @@ GgufType = Literal["f16", "q8_0", "q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
 
 _ARCHITECTURES: Mapping[str, str] = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""Model type of a Hugging Face configuration -> the architecture in llama.cpp that computes the same."""
+"""Model type of a Hugging Face configuration -> the equivalent architecture in llama.cpp."""
 _PAIRED_ROPE = ("llama",)
 """Architectures in which llama.cpp rotates neighbouring channels, where transformers rotates the two halves of a head."""
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
@@ -39,7 +39,7 @@ def gguf_name(kind: str) -> str:
 
 
 def check_gguf(config: Any, name: str) -> None:
-    """Raise ExportError for a model that llama.cpp would compute otherwise, MissingDependencyError without ``gguf``."""
+    """Raise ExportError for a model that llama.cpp would compute differently, MissingDependencyError without ``gguf``."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -74,9 +74,9 @@ def check_gguf(config: Any, name: str) -> None:
 def write_gguf(model: Any, tokenizer: Any, eos_token_ids: Sequence[int], kind: GgufType, path: Path) -> None:
     """Write ``model`` (of transformers, on the CPU) and its tokenizer, chat template included, to ``path``.
 
-    Linear layers get the type ``kind``, the embedding and the head 8 bits where that is ``q4_0``: the head decides
-    between near equals. Matrices whose rows are no multiple of 32 stay in f16, vectors in f32. Raises ExportError for
-    what llama.cpp would compute otherwise.
+    Linear layers get the type ``kind``; with ``q4_0`` the embedding and the head get 8 bits, because the head decides
+    between nearly equal tokens. Matrices whose rows are not a multiple of 32 stay in f16, vectors in f32. Raises ExportError for
+    models that llama.cpp would compute differently.
     """
     import gguf
 
@@ -162,9 +162,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any, eos_token_ids: Sequence[int], ro
 
 
 def pre_tokenizer_name(record: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for the way that a tokenizer.json cuts text before it merges bytes.
+    """Return llama.cpp's name of a tokenizer.json's pre-tokenizer.
 
-    Raises ExportError for one that llama.cpp would cut otherwise.
+    Raises ExportError for one that llama.cpp does not have.
     """
     steps = record["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
@@ -189,7 +189,7 @@ def pre_tokenizer_name(record: Mapping[str, Any]) -> str:
 
 
 def _tensors(model: Any, *, paired: bool) -> list[tuple[str, NDArray[np.float32]]]:
-    """Return the weights by transformers' names; a tied head is left out, and llama.cpp takes the embedding."""
+    """Return the weights by transformers' names, without a tied head: llama.cpp then uses the embedding."""
     config = model.config
     found = []
     tied = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()

@@ -38,7 +38,7 @@ class _Matrix:
 
 
 class NativeCausalWriter:
-    """Writes weight files of one model, quantized weights by ``rounding``. It keeps what it has quantized: a search writes many
+    """Writes weight files of one model, with weights quantized by ``rounding``. It keeps quantized layers, because a search writes many
     files."""
 
     def __init__(
@@ -148,7 +148,7 @@ class NativeCausalWriter:
 
 
 def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) -> _Matrix:
-    """Return a layer's matrix. ``rounded``: the weights in ``bits``; without it each goes to the nearest."""
+    """Return a layer's matrix. ``rounded``: the weights in ``bits``; without it each weight is rounded to the nearest level."""
     weight = _padded(layer.weight)
     bias = np.zeros(weight.shape[1], np.float32)
     if layer.bias is not None:
@@ -173,7 +173,7 @@ def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) ->
 
 
 def _by_turns(gate: Linear, up: Linear) -> Linear:
-    """Merge two layers: panels of one and of the other by turns."""
+    """Merge two layers: alternate the panels of both."""
     columns = -(-up.weight.shape[1] // COLUMNS) * COLUMNS
 
     def panels(parts: Sequence[Array]) -> Array:
@@ -235,8 +235,8 @@ def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint1
 def nibble_levels(block: Array) -> Levels:
     """Return ``int4_levels`` with scales and minimums in bfloat16.
 
-    Those of ``quantize_nibbles`` would be nearer. But where a checkpoint was trained from weights of such 4 bits, they are
-    these very weights, and errors that should compensate each other undo the training.
+    The scales of ``quantize_nibbles`` would be nearer. But if a checkpoint was trained from such 4-bit weights, they would give
+    exactly those weights again, so compensated errors would undo the training.
     """
     levels = int4_levels(block)
     scale = _float32(_bfloat16(levels.scale))
@@ -244,7 +244,7 @@ def nibble_levels(block: Array) -> Levels:
 
 
 def _fit(blocks: Array, values: Array, begin: Array, step: Array) -> tuple[Array, Array]:
-    """Return the minimum and scale with which ``values`` come nearest to ``blocks``; the given ones where any would do."""
+    """Return the minimum and scale with which ``values`` are nearest to ``blocks``; the given ones if all are equally near."""
     mean, center = values.mean(1), blocks.mean(1)
     spread = np.square(values - mean[:, None]).sum(1)
     together = ((values - mean[:, None]) * (blocks - center[:, None])).sum(1)

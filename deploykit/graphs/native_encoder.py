@@ -1,6 +1,6 @@
-"""Write the file of weights that deploykit's own engine for encoders reads (``runtime/engines/native/encoder.py``).
+"""Write the weights file for deploykit's own encoder engine (``runtime/engines/native/encoder.py``).
 
-It needs no calibration: INT8 layers have a scale for each row of activations, found as it comes.
+It needs no calibration: INT8 layers compute a scale for each row of activations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_native(
 ) -> dict[str, Quantizer]:
     """Write the weights of ``model`` (see ``read_encoder``) with all layers in INT8.
 
-    Return what quantizes them again, by file; {}, and say why, for a model that the engine does not run.
+    Return the quantizer by file; for a model that the engine does not run, return {} and print the reason.
     """
     try:
         encoder = read_encoder(model, typed=typed, token_head=token_head)

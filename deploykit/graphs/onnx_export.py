@@ -81,7 +81,7 @@ def export_half_encoder(model: Any, path: Path, kind: torch.dtype, signature: Si
 
 
 def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write config.json and the tokenizer's files beside the graphs, as ``optimum-cli export onnx`` lays them out.
+    """Write config.json and the tokenizer's files next to the graphs, in the layout of ``optimum-cli export onnx``.
 
     With them, optimum's ``ORTModelFor...`` classes and transformers.js open the export.
     """
@@ -128,7 +128,7 @@ def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep the exporter from printing: over an error it writes the whole graph, from C++."""
+    """Suppress the exporter's output: on an error it prints the whole graph, from C++."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

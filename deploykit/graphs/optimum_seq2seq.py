@@ -1,4 +1,4 @@
-"""Write an encoder-decoder transformer as optimum lays it out, for tools that expect those files.
+"""Write an encoder-decoder transformer in optimum's layout, for tools that expect those files.
 
 Source: optimum-onnx 0.1, ``ORTModelForSeq2SeqLM`` and ``optimum-cli export onnx --task text2text-generation-with-past``.
 """
@@ -41,7 +41,7 @@ def save_optimum(folder: Path, architecture: Architecture, ranges: Ranges | None
 
 @dataclass
 class _Writer(StandardWriter):
-    """Writes what the inputs of optimum's graphs need."""
+    """Writes masks and biases from the inputs of optimum's graphs."""
 
     def mask_of(self, attention_mask: str) -> str:
         """Return bool [batch, 1, 1, tokens] of an int64 [batch, tokens]: True for tokens."""

@@ -1,4 +1,4 @@
-"""Options of a search for hyperparameters, beside those of the runs."""
+"""Define the options of a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SearchOptions:
         return None if self.search_time is None else parse_time("--search-time", self.search_time)
 
     def check(self, options: FinetuneOptions) -> None:
-        """Raise UsageError for the first value that makes no sense with the ``options`` of the runs."""
+        """Raise UsageError for the first value that does not fit the ``options`` of the runs."""
         if not self.search:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:

@@ -1,4 +1,4 @@
-"""Write the page of a search: its history, what mattered, and all runs."""
+"""Write the page of a search: its history, the importance of the options, and all runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search hyperparameters: train runs with other options each, and write the one that is best on the validation rows."""
+"""Search hyperparameters: train several runs, each with other options, and write the best one on the validation rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _VALIDATION_ROWS = "splits/validation.jsonl"
 
 @dataclass(frozen=True)
 class Searched:
-    """The best run, copied to the output folder, and the ``record`` of all runs, which ``folder`` has as JSON and as a
+    """The best run, copied to the output folder, and the ``record`` of all runs, which is in ``folder`` as JSON and as a
     page."""
 
     best: Finetuned
@@ -53,12 +53,12 @@ def search(
 ) -> Searched:
     """Train ``chosen.search`` runs in all, in the folder OUT.search, and copy the best one to ``out``.
 
-    The first run has the ``options`` as they are given, and those that are left to it as a run without a search. A
-    killed search goes on when it is started again with the same options, and several processes with the same options
+    The first run has the given ``options``, and for the others the values of a run without a search. A
+    killed search continues when it is started again with the same options, and several processes with the same options
     share the runs.
 
     Raises MissingDependencyError without optuna or matplotlib, ArtifactError if OUT has other content, and
-    DeploykitError if no run came to an end within the limits.
+    DeploykitError if no run finished within the limits.
     """
     chosen.check(options)
     options.check()
@@ -106,7 +106,7 @@ def search(
 
 
 def _completed(options: FinetuneOptions) -> FinetuneOptions:
-    """Return the options with the values that a run without a search would choose for those that are left to it."""
+    """Return the options, with the values that a run without a search would choose for unset ones."""
     if not options.unset:
         return options
     from deploykit.training.checkpoint import quiet
@@ -177,7 +177,7 @@ def sign_of(metric: str) -> int:
 
 
 def _within_limits(study: SharedStudy, run: TakenRun, chosen: SearchOptions, say: Say) -> dict[str, Any]:
-    """Measure the run's export, if there are limits, and tell the study by how much it exceeds them."""
+    """Measure the run's export, if there are limits, and report to the study by how much it exceeds them."""
     limits = {"size_mb": chosen.max_size_mb, "p50_ms": chosen.max_p50_ms}
     if not any(limits.values()):
         return {}
@@ -229,7 +229,7 @@ def _publish(
 
 
 def _inputs(out: Path) -> str | None:
-    """Return what made the checkpoint at ``out``; None if there is none."""
+    """Return the digest of the inputs of the checkpoint at ``out``; None if there is no checkpoint."""
     try:
         return artifacts.load_manifest(out, "checkpoint", verify=False).inputs
     except ArtifactError:

@@ -1,4 +1,4 @@
-"""The search space: which options of a run are searched, and between which values."""
+"""Define the search space: the options to search, and their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 _ROWS = frozenset({"task", "train", "validation", "test", *(field.name for field in dataclasses.fields(Reading))})
-"""Options that say which rows are read: runs on other rows cannot be compared."""
+"""Options that select rows: runs on different rows cannot be compared."""
 _LIST_OR_RANGE = "write a list of values, or a table: { low = 1e-5, high = 1e-3, log = true }"
 _BATCH_SIZES = (8, 16, 32, 64)
 
@@ -53,7 +53,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Values:
-    """Some values, without an order."""
+    """A list of values, without an order."""
 
     values: tuple[Any, ...]
 
@@ -109,7 +109,7 @@ def read_space(source: str | Path | Mapping[str, Any], options: FinetuneOptions)
 
 
 def starting_values(space: Space, options: FinetuneOptions) -> dict[str, Any]:
-    """Return the values that ``options`` have, as the first run to try; those outside of the space are left out."""
+    """Return the values of ``options``, as the first run to try; values outside the space are left out."""
     values = {name: getattr(options, name) for name in space}
     return {name: value for name, value in values.items() if space[name].contains(value)}
 

@@ -1,4 +1,4 @@
-"""A study of optuna in a folder: killed searches are continued, and several processes share one."""
+"""Keep a study of optuna in a folder, so that killed searches can be continued, and several processes can share one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from deploykit.locks import lock
 
 _KEY = "key"
 _TENTHS = 10
-"""Evaluations are compared at tenths of a run: runs differ in their epochs and batches."""
+"""Number of points of a run at which evaluations are compared, because runs differ in epochs and batches."""
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def fits(run: FrozenTrial) -> bool:
-    """Return whether a run came to its end, within the limits."""
+    """Return whether a run finished, within the limits."""
     return run.state == TrialState.COMPLETE and all(excess <= 0 for excess in run.constraints.values())
 
 
@@ -75,7 +75,7 @@ class SharedStudy:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the other processes of the search from taking, ending and removing runs."""
+        """Prevent the other processes of the search from taking, ending and removing runs."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             lock(descriptor, wait=True)
@@ -85,7 +85,7 @@ class SharedStudy:
 
     @property
     def runs(self) -> list[FrozenTrial]:
-        """All runs that were begun."""
+        """All runs that have started."""
         return [run for run in self._study.get_trials(deepcopy=False) if run.state != TrialState.WAITING]
 
     @property
@@ -98,7 +98,7 @@ class SharedStudy:
         return self.folder / f"run-{number:04}"
 
     def take(self, *, new: bool = True) -> TakenRun | None:
-        """Return a run to train: one whose process died, or a new one. None if there is none to take."""
+        """Return a run to train: one whose process died, or a new one. None if no run is left."""
         with self.locked():
             for run in self.runs:
                 if run.state == TrialState.RUNNING and (lock := self._lock(run.number)) is not None:
@@ -151,7 +151,7 @@ class SharedStudy:
         os.close(run.lock)
 
     def release(self, run: TakenRun) -> None:
-        """Let a run be taken again, by this process too. It may have ended."""
+        """Release a run, so that a process (also this one) may take it again. It may have ended."""
         with suppress(OSError):
             os.close(run.lock)
 

@@ -1,4 +1,4 @@
-"""Compare new rows with the old: their lengths, their words, and whatever else a task compares."""
+"""Compare new rows with measured ones: lengths, words, and other properties that a task compares."""
 
 from __future__ import annotations
 

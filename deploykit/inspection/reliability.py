@@ -1,4 +1,4 @@
-"""How often answers of each confidence are right."""
+"""Measure how often answers of each confidence are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a report needs beside the measured rows: columns to slice by, training rows, new rows."""
+"""Read the other inputs of a report: columns to slice by, training rows, new rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LEAST_NEW = 200
 def read_columns(
     source: str, names: Sequence[str], *, reading: Reading, split: str
 ) -> Callable[[Sequence[str]], dict[str, list[str]]]:
-    """Read columns to slice by, of the rows of ``source``. Returns what gives their values of the rows with some origins.
+    """Read columns to slice by, from the rows of ``source``. Returns a function from the origins of rows to their values.
 
-    Raises DataError for a column that the rows do not have, and later for an origin that is no row of a table.
+    Raises DataError for a column that the rows do not have, and later for an origin that is not a row of a table.
     """
     records = {one.origin: one.values for one in read_records(source, reading, split=split)} if names else {}
     known = list(dict.fromkeys(name for values in records.values() for name in values))

@@ -1,4 +1,4 @@
-"""Metrics of slices of the rows, worst first."""
+"""Measure slices of the rows, worst first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploykit.data.grouping import duplicate_key
 from deploykit.metric_titles import lower_is_better
 
 FEW = 10
-"""Slices with fewer rows say nothing, and are left out."""
+"""Minimum rows of a slice: smaller slices say nothing, and are left out."""
 _MOST_VALUES = 30
 _NUMERIC_VALUES = 10
 
@@ -26,7 +26,7 @@ def sliced(
 ) -> list[dict[str, Any]]:
     """Return the metrics ``names``, with intervals, of each slice of at least 10 rows, worst by the first one first.
 
-    ``measure_of`` gives the metrics of some rows. A slice is ``worse`` if its interval does not reach that of all rows.
+    ``measure_of`` returns the metrics of some rows. A slice is ``worse`` if its interval does not reach that of all rows.
     """
     metric = names[0]
     error = lower_is_better(metric)

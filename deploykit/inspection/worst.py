@@ -1,4 +1,4 @@
-"""The rows that a model answers worst."""
+"""Find the rows that a model answers worst."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def worst_rows(
     answers: Sequence[str],
     numbers: dict[str, NDArray[np.float64]],
 ) -> list[dict[str, Any]]:
-    """Return the rows with the lowest first metric of ``numbers``, of equal ones those with the highest last one first: 30 at
-    most, none that is right in all (1, or 100 of chrF)."""
+    """Return the rows with the lowest first metric of ``numbers``, and among equal ones the highest last metric first: at most 30,
+    and no row with a perfect first metric (1, or 100 for chrF)."""
     (metric, first), (_, last) = next(iter(numbers.items())), list(numbers.items())[-1]
     perfect = 100.0 if metric == "chrf" else 1.0
     order = [i for i in np.lexsort((-last, first)) if first[i] < perfect][:MOST]

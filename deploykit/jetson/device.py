@@ -182,7 +182,7 @@ def build(bundle: Bundle) -> Manifest:
 def _build_engines(
     bundle: Bundle, folder: Path, files: Sequence[str], precision: str, export: Manifest
 ) -> list[dict[str, Any]]:
-    """Build an engine from each graph of ``files``, in its place. Returns their records."""
+    """Build an engine from each graph of ``files``, in the graph's place. Returns their records."""
     # The board's limit, or a quarter of free memory: graph, weights and kernel timing need the rest.
     workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
     profile, inputs = bundle.description.profile, bundle.description.inputs

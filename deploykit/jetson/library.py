@@ -21,7 +21,7 @@ LIBRARY = "deploykit/runtime/engines/native/_native.abi3.so"
 
 def library_for_arm(wheels: Path | None) -> bytes | None:
     """Return the library: from deploykit's wheel in ``wheels``, from this installation if it is for the same CPU, or
-    compiled by Zig where deploykit runs from its source. None if there is none of these.
+    compiled by Zig if deploykit runs from its source. None if none of these is possible.
 
     Raises DeploykitError if the compiler fails.
     """

@@ -1,4 +1,4 @@
-"""Collect pieces into whole answers, and count tokens for ``usage``."""
+"""Collect pieces into complete answers, and count tokens for ``usage``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class Answer:
-    """One answer so far. ``finish`` is "" while it goes on."""
+    """One answer so far. ``finish`` is "" while it continues."""
 
     text: str = ""
     finish: str = ""
@@ -62,7 +62,7 @@ async def collect(pieces: Pieces, usage: Usage) -> list[Answer]:
 
 
 async def collect_all(prompts: Sequence[Pieces], usage: Usage) -> list[list[Answer]]:
-    """Return ``collect`` for each prompt; all are asked at once. The first failure cancels the others."""
+    """Return ``collect`` for each prompt; all requests run at the same time. The first failure cancels the others."""
     tasks = [asyncio.ensure_future(collect(pieces, usage)) for pieces in prompts]
     try:
         return list(await asyncio.gather(*tasks))
@@ -71,9 +71,9 @@ async def collect_all(prompts: Sequence[Pieces], usage: Usage) -> list[list[Answ
 
 
 async def merged(prompts: Sequence[Pieces]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Yield the pieces of all prompts as they come, each with its prompt's number.
+    """Yield the pieces of all prompts as they arrive, each with its prompt's number.
 
-    The first failure ends all. Closing it closes all.
+    The first failure ends all streams. Closing the generator closes all streams.
     """
     if len(prompts) == 1:  # without the cost of a task and a queue
         async with aclosing(prompts[0]) as only:
@@ -107,7 +107,7 @@ async def merged(prompts: Sequence[Pieces]) -> AsyncGenerator[tuple[int, Piece],
 
 
 async def cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel the tasks that still run, and wait until all have ended."""
+    """Cancel running tasks, and wait until all have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

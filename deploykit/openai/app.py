@@ -60,7 +60,7 @@ def create_app(
     """Return the app. ``models`` are those served, ``created`` the time they were started, in seconds since 1970.
 
     ``generator`` answers for language models; ``open_model`` connects to a model of another task. ``keys`` say who may
-    ask what. With ``triton``, the routes of Triton's HTTP API are answered too. Requests are counted in ``metrics``, and
+    use what. With ``triton``, the routes of Triton's HTTP API are answered too. Requests are counted in ``metrics``, and
     traced with ``traces``, a TracerProvider.
     """
     predictors = Predictors(open_model)
@@ -187,14 +187,14 @@ def _routes(task: Task) -> tuple[str, ...]:
 
 
 def _limited(asked: Asked, limits: Limits, facts: TaskFacts) -> Asked:
-    """Return ``asked`` with the most tokens that the caller may have. Raises ApiError if it asks for more."""
+    """Return ``asked`` with the caller's limit of tokens. Raises ApiError if it requests more."""
     default = facts.sampling.max_new_tokens if isinstance(facts, TextGeneration) else MOST_TOKENS
     most = limits.most_tokens(asked.sampling.get("max_new_tokens"), default)
     return asked if most is None else replace(asked, sampling={**asked.sampling, "max_new_tokens": most})
 
 
 async def _with_errors(call: Call, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """Yield ``events``, and an error after the first as the last event. An error before it is raised."""
+    """Yield ``events``; an error after the first event becomes the last event, an earlier error is raised."""
     begun = False
     async with aclosing(events):
         try:
@@ -254,7 +254,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _get(url: str) -> bytes:
-    """Return what Triton's metrics port answers; b"" while there is no Triton."""
+    """Return the answer of Triton's metrics port; b"" while Triton does not run."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=5.0)
     try:

@@ -1,4 +1,4 @@
-"""Facts of a request while it is answered, and the access log.
+"""Record facts of a request while it is answered, and write the access log.
 
 Neither the log nor the metrics have any text of a request: no prompt, no answer, no path that is not a route.
 """

@@ -66,7 +66,7 @@ class _Choice:
         self._begun = self._ended = False
 
     def chunks(self, text: str, finish: str, logprobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """Yield the chunks for the new ``text``; ``finish`` is "" while the answer goes on."""
+        """Yield the chunks for the new ``text``; ``finish`` is "" while the answer continues."""
         if not self._begun:
             self._begun = True
             yield self._chunk({"role": "assistant", "content": ""})
@@ -107,7 +107,7 @@ def _parser(body: ChatBody) -> ToolCallParser | None:
 
 
 def _split(body: ChatBody, text: str) -> tuple[str | None, list[ToolCall]]:
-    """Return the text of an answer beside its tool calls (None: there is only a call), and these."""
+    """Return the text of an answer without its tool calls (None: the answer is only a call), and the calls."""
     parser = _parser(body)
     if parser is None:
         return text, []

@@ -13,7 +13,7 @@ from deploykit.openai.logprobs import completion_logprobs
 
 
 async def completion(body: CompletionBody, prompts: Sequence[Pieces]) -> dict[str, Any]:
-    """Return the whole response; the choices of a prompt stand together, in the order of the prompts."""
+    """Return the whole response, with the choices of each prompt together, in the order of the prompts."""
     usage = Usage()
     choices: list[dict[str, Any]] = []
     for answers in await collect_all(prompts, usage):
@@ -45,7 +45,7 @@ async def completion_events(body: CompletionBody, prompts: Sequence[Pieces]) -> 
 
 
 def _chunks(choices: Sequence[_Choice], piece: Piece) -> list[dict[str, Any]]:
-    """Return the chunks for what is new in the answers to one prompt."""
+    """Return the chunks for the new parts of the answers to one prompt."""
     found = []
     for index, (text, finish) in enumerate(zip(piece.texts, piece.finishes)):
         tokens = piece.logprobs[index] if piece.logprobs else ()
@@ -64,7 +64,7 @@ class _Choice:
         self._offset = 0  # characters of the tokens sent
 
     def new(self, text: str, finish: str, tokens: Sequence[Any]) -> dict[str, Any]:
-        """Return the next part; ``finish`` is "" while the answer goes on."""
+        """Return the next part; ``finish`` is "" while the answer continues."""
         logprobs = completion_logprobs(tokens, self._offset) if self._with_logprobs else None
         self._offset += sum(len(token["token"]) for token in tokens)
         self.ended = bool(finish)

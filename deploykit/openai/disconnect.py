@@ -1,4 +1,4 @@
-"""Stop work for a client that has closed its connection."""
+"""Cancel the work for a client that has closed its connection."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Return the result of ``work``; cancel it when the client goes, and raise ClientDisconnect.
+    """Return the result of ``work``; if the client disconnects, cancel it and raise ClientDisconnect.
 
-    ``receive`` must have nothing more of the request's body.
+    The request's body must have been read from ``receive``.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
@@ -39,7 +39,7 @@ async def _gone(receive: Receive) -> None:
 
 
 async def event_stream(request: Request, events: AsyncGenerator[str, None]) -> Response:
-    """Return the response that sends ``events``, once the first is there: until then an error is a plain response."""
+    """Return the response that sends ``events``, when the first event has arrived: before, an error is a plain response."""
     try:
         first = await while_connected(request.receive, anext(events))
     except BaseException:
@@ -49,7 +49,7 @@ async def event_stream(request: Request, events: AsyncGenerator[str, None]) -> R
 
 
 class _EventStream(Response):
-    """Server-sent events. Its ``events`` deal with errors themselves."""
+    """Server-sent events. ``events`` must handle errors themselves."""
 
     def __init__(self, first: str, events: AsyncGenerator[str, None]) -> None:
         super().__init__(

@@ -39,9 +39,9 @@ class ApiError(RequestError):
 
 
 PATIENCE_S = 5.0
-"""How long a request that has no answer yet is tried again after it was lost, while Triton is restarted."""
+"""Seconds for which a lost request without an answer is retried, while Triton is restarted."""
 PAUSE_S = 0.1
-"""The pause before it is tried again."""
+"""Pause before a retry."""
 
 
 def overloaded(message: str) -> ApiError:

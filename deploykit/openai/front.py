@@ -1,4 +1,4 @@
-"""Admit requests: check the key, and hold the caller to its limits of time and of open requests. Count and log them.
+"""Admit requests: check the key, and enforce the caller's limits of time and open requests. Count and log them.
 
 The other limits are checked where the body is read.
 """
@@ -88,7 +88,7 @@ class Front:
             self._record(call, scope)
 
     async def _admit(self, caller: Caller, scope: Scope, receive: Receive, send: _Watched) -> None:
-        """Answer a request, unless its caller has too many open."""
+        """Answer a request, unless its caller has too many open requests."""
         most = caller.limits.max_concurrent
         if most is not None and self._open[caller.name] >= most:
             message = f"you have {most:,} requests open, your limit; wait for one"
@@ -101,7 +101,7 @@ class Front:
             self._open[caller.name] -= 1
 
     async def _within(self, timeout: float | None, scope: Scope, receive: Receive, send: _Watched) -> None:
-        """Run the app, for ``timeout`` seconds at most. What has no answer then gets status 504, a stream a last event."""
+        """Run the app for at most ``timeout`` seconds. Then a request without an answer gets status 504, and a stream a last event."""
         if timeout is None:
             await self._app(scope, receive, send)
             return
@@ -131,7 +131,7 @@ class Front:
         await error_response(scope["path"], fault, headers)(scope, receive, send)
 
     def _record(self, call: Call, scope: Scope) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         call.route = call.route or getattr(scope.get("route"), "path", "")
         if call.status >= 400:
             call.error = call.error or str(call.status)

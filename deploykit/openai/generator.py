@@ -1,4 +1,4 @@
-"""The interface between the routes and the language models that they ask."""
+"""Define the interface between the routes and the language models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Asked:
     """A prompt for ``model``: a ``text``, token ``ids``, or ``messages`` as JSON (the others are None).
 
     ``sampling`` has deploykit's names; with its ``echo`` an answer begins with the prompt. ``stream``: send each new
-    piece of text. ``logprobs``: send those of the tokens. ``schema_field``: the request's field that a JSON schema is from.
+    piece of text. ``logprobs``: send the log-probabilities of the tokens. ``schema_field``: the request's field with the JSON schema.
     """
 
     model: str
@@ -27,10 +27,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Piece:
-    """A response of the model: what is new in each of the n answers.
+    """A response of the model: the new part of each of the n answers.
 
-    ``finishes`` are "stop", "length" or "" while an answer goes on. ``logprobs`` has a list of tokens an answer, each
-    ``{"token", "token_id", "bytes", "logprob", "top"}``; it is empty unless asked for. ``tokens``
+    ``finishes`` are "stop", "length" or "" while an answer continues. ``logprobs`` has a list of tokens per answer, each
+    ``{"token", "token_id", "bytes", "logprob", "top"}``; it is empty unless requested. ``tokens``
     counts the new tokens of each answer.
     """
 

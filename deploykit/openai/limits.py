@@ -1,4 +1,4 @@
-"""Limits for each caller, and the keys that name callers.
+"""Enforce limits for each caller, and read the keys that identify callers.
 
 A key file has a line for each key, ``NAME:SHA256[:LIMITS]``: the digest of the key in hexadecimal, and limits such as
 ``max_tokens=512,timeout=30`` in place of those for all.
@@ -61,7 +61,7 @@ class Limits:
         return dataclasses.replace(self, **found)  # type: ignore[arg-type]
 
     def check_rows(self, rows: int, param: str) -> None:
-        """Raise ApiError if a request has, or asks for, more than ``max_rows``."""
+        """Raise ApiError if a request has, or requests, more than ``max_rows``."""
         if self.max_rows is not None and rows > self.max_rows:
             raise ApiError(
                 f"{param}: the request asks for {rows:,} answers; your limit is {self.max_rows:,}",
@@ -110,7 +110,7 @@ class Keys:
         return bool(self._plain) or self._path is not None
 
     def caller(self, key: bytes) -> Caller | None:
-        """Return who has ``key``, or None."""
+        """Return the caller with ``key``, or None."""
         if not self.needed:
             return Caller("", self.limits)
         self._reload()

@@ -1,4 +1,4 @@
-"""Measure a served language model as its users see it: with the ``openai`` client, by streams."""
+"""Measure a served language model as its users see it: streamed to the ``openai`` client."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StreamLoad:
 def ask(
     url: str, model: str, prompts: Sequence[str], *, concurrency: int = 1, api_key: str = "none", **options: Any
 ) -> tuple[list[StreamedAnswer], StreamLoad]:
-    """Ask each prompt as a user's message, and return the answers in order, with the figures of all.
+    """Send each prompt as a user's message, and return the answers in order, with figures over all requests.
 
     ``url`` is that of ``deploykit serve --openai-port``; ``options`` are those of chat.completions.create. Raises
     ServerError when a request fails.

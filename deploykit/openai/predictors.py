@@ -1,4 +1,4 @@
-"""Ask models of the other tasks: a list of texts in, an answer to each out."""
+"""Answer requests to models of the other tasks: a list of texts in, an answer to each out."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MAX_DEPTH = 64
 
 
 class Body(BaseModel):
-    """A JSON object of a request. A field that is null counts as left out; a field that is not declared is refused."""
+    """A JSON object of a request. A null field counts as missing; an undeclared field is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -43,7 +43,7 @@ async def read_body(request: Request, kind: type[Read]) -> Read:
 
 
 async def read_bytes(request: Request) -> bytes:
-    """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly, 415 if
+    """Return the body unchanged. Raises ApiError: status 413 if it exceeds the caller's limit, 408 if it arrives too slowly, 415 if
     it is compressed."""
     most = call_of(request).limits.max_body_bytes
     too_large = ApiError(f"the body has more than {most:,} bytes", 413, code="body_too_large")

@@ -130,7 +130,7 @@ class GenerationBody(Body):
         return "structured_outputs.json" if self.structured_outputs else "response_format"
 
     def sampling(self) -> dict[str, Any]:
-        """Return the given fields under deploykit's names; what is left out is the model's own, but for the seed."""
+        """Return the given fields under deploykit's names; missing fields take the model's own values, except the seed."""
         given = {ours: getattr(self, theirs) for theirs, ours in _SAMPLING.items()}
         if self.seed is None:  # who asks again for another answer gets one
             given["seed"] = secrets.randbelow(2**32)

@@ -41,7 +41,7 @@ class _Protocol(H11Protocol):
             self._timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, if no answer has begun, and close the connection."""
+        """Answer data that is not HTTP, unless an answer has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = error_response("", _NO_HTTP, {"connection": "close"})
             head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
@@ -59,7 +59,7 @@ class _Protocol(H11Protocol):
         self._timer = self.loop.call_later(_HEADER_S, self._close_without_header, self.cycle)
 
     def _close_without_header(self, last: RequestResponseCycle | None) -> None:
-        """Close the connection if no request came after ``last``, which is answered."""
+        """Close the connection if no request arrived after ``last``, which has been answered."""
         if self.cycle is last and (last is None or last.response_complete):
             self.transport.close()
 

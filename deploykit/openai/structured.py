@@ -38,7 +38,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's field for what OpenAI's API lacks: exactly one of these."""
+    """vLLM's field for constraints that OpenAI's API lacks: exactly one of these."""
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = Field(default=None, min_length=1, max_length=MAX_PATTERN_CHARS)
@@ -74,7 +74,7 @@ def tool_call_schema(tools: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """Return ``schema`` with its references to itself (#/$defs/x) as they are when it stands at ``place``."""
+    """Return ``schema`` with its references to itself (#/$defs/x) adjusted to its position ``place``."""
     if isinstance(schema, dict):
         return {
             name: place + value[1:]

@@ -1,4 +1,4 @@
-"""Find tool calls in an answer: ``<tool_call>{json}</tool_call>``, or an answer that is nothing but JSON.
+"""Find tool calls in an answer: ``<tool_call>{json}</tool_call>``, or an answer that is only JSON.
 
 The first form is that of Hermes, Qwen and SmolLM; the second that of Llama 3, and of answers held to a schema.
 """
@@ -30,7 +30,7 @@ class ToolCall:
 class ToolCallParser:
     """Split the pieces of one answer into text and calls of ``functions``.
 
-    What cannot be read as a call of these stays text. The texts and calls do not depend on where the pieces are cut.
+    Text that is not a call of these functions stays text. Texts and calls do not depend on where the pieces are cut.
     """
 
     def __init__(self, functions: Collection[str]) -> None:
@@ -41,7 +41,7 @@ class ToolCallParser:
         self._called = False
 
     def feed(self, text: str) -> Iterator[str | ToolCall]:
-        """Yield what is certain after the next piece of the answer."""
+        """Yield the parts that are final after the next piece of the answer."""
         self._held += text
         while True:
             if self._where == "start":

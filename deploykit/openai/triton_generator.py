@@ -1,4 +1,4 @@
-"""Ask the language models of a Triton server over gRPC, each prompt as a stream of its own.
+"""Send prompts to the language models of a Triton server over gRPC, each prompt as a separate stream.
 
 The models are decoupled, with the tensors of Triton's vLLM backend.
 
@@ -162,7 +162,7 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiE
 
 
 def _field(message: str, asked: Asked) -> str | None:
-    """Return the field of the request that an error of the model is about: its first word, or a name in it."""
+    """Return the field of the request that a model's error is about: its first word, or a name in it."""
     if message.startswith(("the prompt ", "the chat template ")):
         return "prompt" if asked.messages is None else "messages"
     if message.startswith("json_schema "):

@@ -1,6 +1,6 @@
 """Answer the routes of Triton's HTTP API under /v2 by passing requests on to Triton.
 
-Only the routes of inference, health and metadata are there. Those that load models, map memory or change the logging
+Only the routes for inference, health and metadata are offered. Routes that load models, map memory or change the logging
 are not.
 
 Source: KServe Open Inference Protocol v2, REST; Triton, "Generate Extension" and "Binary Tensor Data Extension".
@@ -48,9 +48,9 @@ _RETURNED = ("content-type", "content-encoding", "content-length", _JSON_LENGTH)
 
 
 class TritonRoutes:
-    """The routes for the ``models`` of the Triton server at ``url``. ``generating`` are those models that write text.
+    """The routes for the ``models`` of the Triton server at ``url``. ``generating`` are the models that generate text.
 
-    Their answers over these routes are not counted, so a caller with a limit of rows or tokens has to ask OpenAI's routes.
+    Their answers over these routes are not counted, so a caller with a limit of rows or tokens must use OpenAI's routes.
     """
 
     def __init__(self, url: str, models: Collection[str], generating: Collection[str]) -> None:
@@ -107,7 +107,7 @@ class TritonRoutes:
     async def _forward(
         self, request: Request, path: str, body: bytes | None = None, *, again: bool = False
     ) -> Response:
-        """Pass a request on. With ``again``, one that a dying model process loses is asked again."""
+        """Forward a request. With ``again``, retry a request that was lost because a model process died."""
         if self._session is None:
             # Encoded answers are passed on as they are; whoever waits sets the limit of time.
             self._session = aiohttp.ClientSession(
@@ -139,7 +139,7 @@ class TritonRoutes:
 
 
 class _PassedOn(Response):
-    """An answer of Triton, sent piece by piece as it comes."""
+    """An answer of Triton, forwarded as it arrives."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         kept = _kept(answer)

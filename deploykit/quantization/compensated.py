@@ -1,7 +1,7 @@
 """Round weights to INT8 or INT4 such that a layer's errors compensate each other on real inputs (GPTQ; Frantar et al., ICLR 2023).
 
-Weights of a linear layer are rounded input by input; what rounding changes in the layer's output is made up for by the
-weights of the inputs that are still to be rounded.
+Weights of a linear layer are rounded input by input. The change that rounding makes in the layer's output is compensated by the
+weights of the inputs that have not been rounded yet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 _DAMPING = 0.01
-"""Share of the mean square of the inputs that is added to each: few rows do not show all of them."""
+"""Share of the mean square of the inputs that is added to each, because few rows do not activate all inputs."""
 _AT_ONCE = 32
 
 
@@ -32,7 +32,7 @@ class Levels:
     most: int
 
     def round(self, weights: Array) -> Array:
-        """Return the whole numbers that come nearest to ``weights``, whose last axes are those of ``scale``."""
+        """Return the whole numbers nearest to ``weights``, whose last axes are those of ``scale``."""
         safe = np.where(self.scale == 0, np.float32(1), self.scale)
         numbers: Array = np.clip(np.rint((weights - self.minimum) / safe), self.least, self.most)
         return numbers
@@ -59,7 +59,7 @@ class Rounded:
 
 
 class Rounding:
-    """Rounds the layers whose inputs are known, each once: a search writes many files of one model."""
+    """Rounds the layers with known inputs, each once, because a search writes many files of one model."""
 
     def __init__(self) -> None:
         self._factors: Mapping[str, Array] = {}
@@ -70,7 +70,7 @@ class Rounding:
         return bool(self._factors)
 
     def learn(self, factors: Mapping[str, Array]) -> None:
-        """Take the ``factor`` of the inputs of each linear layer, by its name."""
+        """Store the ``factor`` of the inputs of each linear layer, by its name."""
         self._factors = factors
 
     def rounded(self, name: str, weight: Array, block: int, fit: Fit) -> Rounded | None:
@@ -85,7 +85,7 @@ class Rounding:
 
 
 def factor(squares: Array) -> Array:
-    """Return what ``compensated`` needs of a layer's inputs: from the sums of their products, [in, in], the upper
+    """Return a factor of a layer's inputs for ``compensated``: from the sums of their products, [in, in], the upper
     Cholesky factor of the inverse."""
     exact = squares.astype(np.float64)
     diagonal = np.diagonal(squares)

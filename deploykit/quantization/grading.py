@@ -83,7 +83,7 @@ class Grader(ABC, Generic[Raw]):
         """Return the answer for each row."""
 
     def measure_of(self, raw: Raw) -> Measure | None:
-        """Return the metrics of an output as functions of the rows' weights. A grader need not."""
+        """Return the metrics of an output as functions of the rows' weights. Optional for a grader."""
         return None
 
     @property

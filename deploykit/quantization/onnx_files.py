@@ -1,4 +1,4 @@
-"""Write ONNX graphs of any size: protobuf is limited to 2 GB, so a larger graph keeps its weights in a file beside it."""
+"""Write ONNX graphs of any size: protobuf is limited to 2 GB, so a larger graph stores its weights in a separate file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_large(model: onnx.ModelProto) -> bool:
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Check and write a graph. One that ``is_large`` loses its weights in memory to the file beside it.
+    """Check and write a graph. The weights of a graph that ``is_large`` move from memory to a separate file.
 
     Raises onnx.checker.ValidationError.
     """

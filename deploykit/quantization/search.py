@@ -65,7 +65,7 @@ def hold_limit(
         sample: outputs for some rows when only these parts are INT8. It may overwrite the graph.
         remedy: the error's suggestion.
         instead: the precision of the parts that are left.
-        improve: takes the loss in words, and has ``write`` round better, if that can be; tried before any part is left.
+        improve: takes a text about the loss, and improves the rounding of ``write`` if possible; tried before any part is left out.
         most_samples: if there are more parts, neighbours are sampled together, and have the same sensitivity.
 
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table

@@ -1,4 +1,4 @@
-"""Explain a model's answers by the words of the texts. The steps are the same for every task."""
+"""Explain a model's answers by the words of the texts, with the same steps for every task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deploykit.tasks.types import Explaining
 METHODS = ("auto", "gradients", "occlusion")
 UNITS: tuple[Unit, ...] = ("word", "sentence")
 _SHOWN = 80
-"""Characters of a text in the reason why it is left out."""
+"""Maximum characters of a text in the reason why it is left out."""
 _CHECKED = 50
-"""Texts whose explanations are checked by deletion, at most: a check asks the model 30 times."""
+"""Maximum number of explanations that are checked by deletion: a check runs the model 30 times."""
 
 
 def explain_texts(
@@ -30,7 +30,7 @@ def explain_texts(
     refused: list[str] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[Explanation]:
-    """Explain the model's answer to each text, or why it would give ``answer``.
+    """Explain the model's answer to each text, or the answer ``answer``.
 
     "gradients" are integrated gradients, of a checkpoint that classifies or generates text; "occlusion" removes one word (or
     sentence, by ``unit``) after the other, with any model; "auto" takes gradients of a classifier's checkpoint. The first 50
@@ -38,7 +38,7 @@ def explain_texts(
 
     Texts that the model refuses are left out, and added to ``refused`` with the reason if that is given.
 
-    Raises UsageError if the task has no explanations, or ``method`` or ``answer`` does not fit the model, DataError if
+    Raises UsageError if answers of the task cannot be explained, or ``method`` or ``answer`` does not fit the model, DataError if
     the model refuses a text and there is no ``refused``.
     """
     task: Any = task_of(predictor.task)

@@ -84,7 +84,7 @@ def finetune(
 
 
 def _silent(line: str) -> None:
-    """Print nothing: the first of several processes does."""
+    """Print nothing: only the first of several processes prints."""
 
 
 def _check_machine(options: FinetuneOptions) -> None:
@@ -169,13 +169,13 @@ def _run(
 
 
 def completed(stage: Any, options: FinetuneOptions, rows: Rows[Row, Columns]) -> tuple[FinetuneOptions, Recipe]:
-    """Return the options with those that are left to the run, and what was chosen for them."""
+    """Return the options with the values that the run chooses, and the chosen ones."""
     found: tuple[FinetuneOptions, Recipe] = stage.complete(rows) if options.unset else (options, {})
     return found
 
 
 def as_chosen_before(options: FinetuneOptions, out: Path) -> FinetuneOptions:
-    """Return the options with those that are left to the run as the one at ``out`` has chosen them, if there is one."""
+    """Return the options with the values that the run at ``out`` has chosen, if it exists."""
     if not options.unset or not (out / artifacts.MANIFEST).is_file():
         return options
     try:

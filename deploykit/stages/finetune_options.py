@@ -50,7 +50,7 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
 
 
 def _with_student(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with what ``student`` stands for: a checkpoint, or a number of layers of the model, which is the
+    """Return the options with ``student`` expanded: a checkpoint, or a number of layers of the model, which is the
     teacher if none is named."""
     student = given.get(STUDENT)
     rest = {name: value for name, value in given.items() if name != STUDENT}
@@ -70,7 +70,7 @@ def _with_student(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(source: Any) -> Any:
-    """Return ``source``, one or several, so that it names the same from any folder."""
+    """Return ``source``, one or several names, so that they are valid from any folder."""
     from deploykit.training.rows import absolute
 
     if isinstance(source, list | tuple):

@@ -63,7 +63,7 @@ def render(
 
 
 def _learned_besides(options: FinetuneOptions, metrics: Mapping[str, Any]) -> list[str]:
-    """Return what the run learned from besides its rows."""
+    """Return a description of the other sources that the run learned from."""
     found = []
     if copies := metrics.get("augmented"):
         told = ", ".join(f"{count:,} with `{noise}`" for noise, count in copies.items())

@@ -1,4 +1,4 @@
-"""Train several times on parts of the rows: cross-validation, and a learning curve. The steps are the same for every task."""
+"""Train several times on parts of the rows, for any task: cross-validation, and a learning curve."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deploykit.training.options import FinetuneOptions
 from deploykit.training.rows import Rows, Say, read_rows
 
 SHARES = (0.1, 0.25, 0.5, 0.75)
-"""Shares of the training rows that a learning curve is measured at, besides all of them."""
+"""Shares of the training rows for the points of a learning curve, in addition to all rows."""
 _MOST_FOLDS = 100
 
 
@@ -40,7 +40,7 @@ def check_repeats(options: FinetuneOptions, folds: int, curve: bool, *, searches
 
 
 def repeat(options: FinetuneOptions, done: Finetuned, out: Path, *, folds: int, curve: bool, say: Say) -> Finetuned:
-    """Return the run ``done`` at ``out`` with what it repeats: ``folds`` of cross-validation, a learning curve."""
+    """Return the run ``done`` at ``out`` with its repeated runs: ``folds`` of cross-validation, a learning curve."""
     return dataclasses.replace(
         done,
         folds=cross_validate(options, folds, out, say) if folds else None,

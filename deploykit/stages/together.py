@@ -28,13 +28,13 @@ from deploykit.training.rows import Say
 
 _POLL_S = 0.1
 _GRACE_S = 2.0
-"""How long the first process may take to tell its own error after another has ended, and to end when it is asked to."""
+"""Seconds for the first process to report its own error after another has ended, and to end on request."""
 _MOST = 1024
 _PR_SET_PDEATHSIG = 1
 
 
 def check_processes(count: int, *, searches: bool, repeats: bool) -> None:
-    """Raise UsageError if ``--processes``, or that a launcher has started this one among several, makes no sense:
+    """Raise UsageError if ``--processes``, or a launcher that started this process, does not fit the options:
     ``searches`` and ``repeats`` (``--folds``, ``--learning-curve``) train many runs, each in one process."""
     if not 1 <= count <= _MOST:
         raise UsageError(f"--processes is {count}", f"give a number from 1 to {_MOST:,}")
@@ -129,7 +129,7 @@ def _wait(started: Sequence[subprocess.Popen[str]], folder: Path) -> None:
 
 
 def _error(rank: int, count: int, code: int, folder: Path) -> DeploykitError:
-    """Return the error that a process has told, or that it has ended."""
+    """Return the error that a process has reported, or an error that it has ended."""
     with suppress(ValueError, LookupError):
         told: Mapping[str, Any] = json.loads((folder / f"{rank}.out").read_text().splitlines()[-1])["error"]
         return (UsageError if code == UsageError.exit_code else DeploykitError)(told["message"], told["remedy"])
@@ -141,7 +141,7 @@ def _error(rank: int, count: int, code: int, folder: Path) -> DeploykitError:
 
 
 def _tell(lines: IO[str] | None, say: Say) -> None:
-    """Pass on the progress of the first process, but not its error, which is raised."""
+    """Forward the progress of the first process, but not its error, which is raised."""
     assert lines is not None
     for line in lines:
         if not line.startswith(("error: ", "remedy: ")):
@@ -166,6 +166,6 @@ def _interrupt(number: int, _: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux end this process when the one that started it dies."""
+    """Make Linux end this process when its parent dies."""
     with suppress(AttributeError):  # another system
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,7 @@
 """Build TensorRT engines from the graphs of an export, with any of three builders.
 
 Networks are always strongly typed: fp16 and bf16 are graphs of that type, INT8 is explicit Q/DQ in an fp16 graph. So
-types are not builder options, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec are called alike.
+types are not builder options, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec are called in the same way.
 TensorRT-RTX builds without a GPU, but neither loads nor runs an engine without one.
 
 Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with Dynamic Shapes", "trtexec".

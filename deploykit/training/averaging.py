@@ -17,7 +17,7 @@ _FILE = "average.safetensors"
 class Averaging(TrainerCallback):  # type: ignore[misc]
     """Evaluates, and at the end returns, an average of the weights instead of those of a step.
 
-    With ``ema_decay`` it is exponential: each step keeps that share of it, less in the first steps. With ``swa_start`` it is
+    With ``ema_decay`` the average is exponential: each step keeps that share of it, less in the first steps. With ``swa_start`` it is
     the mean of all steps after that share of the run (Izmailov et al., UAI 2018). The average is saved beside each checkpoint,
     so that a killed run continues with it, and that of the best evaluation is returned.
     """

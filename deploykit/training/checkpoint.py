@@ -30,7 +30,7 @@ _POSITIONS_AFTER_PADDING = frozenset((
 
 
 def quiet() -> None:
-    """Let transformers report errors only: deploykit says itself what else matters."""
+    """Let transformers report errors only: deploykit reports everything else that matters."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -119,7 +119,7 @@ def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
 
 
 def load_for_training(model: str, task: str = DEFAULT, **config: Any) -> Loaded:
-    """Load as ``load_model`` does, a checkpoint whose head may be made anew; says which keys are new."""
+    """Load as ``load_model`` does, but allow a new head; also returns the new keys."""
     return _load(model, task, config, new_head=True)
 
 
@@ -151,7 +151,7 @@ def max_tokens(tokenizer: Any, config: Any) -> int:
 
 
 def _positions_before_text(config: Any) -> int:
-    """Return how many rows of the table of positions no text uses: RoBERTa and its descendants count from the padding id."""
+    """Return the number of unused rows of the table of positions: RoBERTa and its descendants count from the padding id."""
     if config.model_type == "mpnet":
         return 2  # whatever its padding id
     return int(config.pad_token_id) + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0

@@ -1,4 +1,4 @@
-"""Find what a Hugging Face generation config asks for that deploykit does not decode by."""
+"""Find the fields of a Hugging Face generation config that deploykit's decoding does not support."""
 
 from __future__ import annotations
 

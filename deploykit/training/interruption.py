@@ -1,4 +1,4 @@
-"""End a training run on Ctrl-C or SIGTERM with a checkpoint that the same command goes on from."""
+"""End a training run on Ctrl-C or SIGTERM with a checkpoint from which the same command continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _running: ContextVar[Interruption | None] = ContextVar("interruption", default=N
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
-    """Lets the step or evaluation that runs end, saves a checkpoint, and raises. At other times, and at a second signal,
+    """Finishes the current step or evaluation, saves a checkpoint, and raises. At other times, and at a second signal,
     it raises at once."""
 
     def __init__(self, say: Say) -> None:
@@ -54,7 +54,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def interruptible(work: Path, say: Say) -> Iterator[None]:
-    """Have an interrupted run in this block raise Interrupted, which tells what of it is kept in ``work``.
+    """Make an interrupted run in this block raise Interrupted, whose message says what is kept in ``work``.
 
     Of several processes (``accelerate launch``) none waits for a step, which needs the others.
     """

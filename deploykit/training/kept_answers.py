@@ -1,4 +1,4 @@
-"""Answers of another model to the rows of a run, kept so that a run taken up again does not ask twice."""
+"""Keep the answers of another model to the rows of a run, so that a continued run does not compute them again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _TOLD = 10
 def kept_answers(
     file: Path, asked: Sequence[str], answer: Callable[[Sequence[str]], Sequence[Any]], what: str, say: Say
 ) -> list[Any]:
-    """Return what ``answer`` gives for each of ``asked``, as JSON has it. Those that ``file`` has are not asked again.
+    """Return the result of ``answer`` for each of ``asked``, as JSON. Results that are in ``file`` are reused.
 
-    Of several processes that train together the first asks. Progress is told as "translated 512 of 2,000", ``what`` being
+    Of several processes that train together, the first computes them. Progress is printed as "translated 512 of 2,000" with ``what``
     "translated".
     """
     with processes.first_alone():
@@ -38,7 +38,7 @@ def kept_answers(
 
 
 def _read(file: Path) -> list[Any]:
-    """Return the whole lines of the file, and cut off a line that a killed run has begun."""
+    """Return the complete lines of the file, and remove an incomplete last line of a killed run."""
     if not file.is_file():
         return []
     data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Regularization by layer: which layers learn, how fast, and penalties on weights."""
+"""Regularize a training: freeze layers, set learning rates by layer, and penalize weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def optimizers(model: Any, options: FinetuneOptions) -> tuple[Any, None]:
 
 
 def lever_callbacks(options: FinetuneOptions) -> list[Any]:
-    """Return the callbacks of the levers that are asked for."""
+    """Return the callbacks for the given options."""
     found: list[Any] = []
     if options.freeze_layers or options.gradual_unfreezing:
         found.append(_Freezing(options.freeze_layers, options.gradual_unfreezing))
@@ -76,7 +76,7 @@ def lever_callbacks(options: FinetuneOptions) -> list[Any]:
 
 
 class _Freezing(TrainerCallback):  # type: ignore[misc]
-    """Keeps the ``lowest`` layers and the embeddings as they are, and unfreezes the others from the top, one by one in the
+    """Keeps the ``lowest`` layers and the embeddings unchanged, and unfreezes the others from the top, one by one in the
     first ``share`` of the run. The optimizer skips parameters without a gradient, so nothing decays meanwhile."""
 
     def __init__(self, lowest: int, share: float) -> None:

@@ -36,9 +36,9 @@ _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_s
 def described(
     default: Any, help_text: str = "", choices: Iterable[str] = (), values: Iterable[str] = (), hidden: bool = False
 ) -> Any:
-    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default.
+    """Declare a field with its help text for ``deploykit finetune --help``. A class may set another default.
 
-    ``values`` name what follows the option, where that is more than one. A ``hidden`` one is not shown.
+    ``values`` name the values after the option if there are several. A ``hidden`` option is not shown.
     """
     metadata = {"help": help_text, "choices": tuple(choices), "values": tuple(values), "hidden": hidden}
     return field(default=default, metadata=metadata)
@@ -158,7 +158,7 @@ class FinetuneOptions(Reading):
         return self.model
 
     def refuse_without(self, owner: str, *names: str) -> None:
-        """Raise UsageError for an option of ``names`` that is changed where ``owner``, which it is for, is not given."""
+        """Raise UsageError for a changed option of ``names`` if ``owner``, the option that it belongs to, is not given."""
         for name in names:
             if getattr(self, owner) in (None, False) and getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{flag(name)} is for {flag(owner)}", f"add {flag(owner)}, or leave it out")
@@ -180,7 +180,7 @@ class FinetuneOptions(Reading):
 
     @property
     def unset(self) -> tuple[str, ...]:
-        """The options that the run chooses from its model and rows. A task that has some has a stage with ``complete``."""
+        """The unset options, which the run chooses from its model and rows. Such a task needs a stage with ``complete``."""
         return ()
 
     @property
@@ -190,7 +190,7 @@ class FinetuneOptions(Reading):
 
     @classmethod
     def preset(cls, name: str | None) -> Mapping[str, Any]:
-        """Return the options that a new model of the preset ``name`` trains well by."""
+        """Return the options with which a new model of the preset ``name`` trains well."""
         return {}
 
     @classmethod
@@ -199,7 +199,7 @@ class FinetuneOptions(Reading):
         return {}
 
     def check(self) -> None:
-        """Raise UsageError for the first value that makes no sense."""
+        """Raise UsageError for the first invalid value."""
         super().check()
         for name, (low, high) in self.ranges.items():
             value = getattr(self, name)
@@ -236,7 +236,7 @@ def fit_multiple(kind: type[FinetuneOptions], given: Mapping[str, Any]) -> dict[
 
 
 def write_toml(options: FinetuneOptions, path: Path) -> None:
-    """Write what ``read_toml`` reads back to equal options."""
+    """Write the options as TOML, which ``read_toml`` reads back to equal options."""
     import tomli_w
 
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}

@@ -1,4 +1,4 @@
-"""Several processes that train one model: those of ``finetune --processes``, ``accelerate launch`` and ``torchrun``."""
+"""Coordinate several processes that train one model: those of ``finetune --processes``, ``accelerate launch`` and ``torchrun``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def number() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process, of those that train together, is the one that prints, measures and writes."""
+    """Return whether this process is the one that prints, measures and writes."""
     return number() == 0
 
 

@@ -1,4 +1,4 @@
-"""Show a training run to a person: where it is, how it does, and how long it still takes."""
+"""Print the progress of a training run: its step, its loss, and the remaining time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OF_NO_INTEREST = ("selection", "log_loss", "runtime", "samples_per_second", "st
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Says a line whenever Trainer logs: of the steps since the last one, or of an evaluation."""
+    """Prints a line whenever Trainer logs: about the steps since the last line, or about an evaluation."""
 
     def __init__(self, say: Say) -> None:
         self._say = say

@@ -1,7 +1,7 @@
-"""Quantization-aware fine-tuning: the linear layers compute as their INT8 forms will, and learn to.
+"""Fine-tune with quantization: the linear layers compute as their INT8 forms will.
 
 Inputs of linear layers are rounded to symmetric S8 with one scale per tensor, their weights with one per output channel,
-and rounding passes gradients on as if it were not there. Scales of inputs start at what calibration finds and are
+and gradients pass through rounding unchanged. Scales of inputs start at the calibrated values and are
 learned; those of weights follow the weights, as at export. Embeddings that the export stores in INT8 are rounded too.
 
 Source: Esser et al., "Learned Step Size Quantization", ICLR 2020 (gradients of scales); Jain et al., "Trained
@@ -27,7 +27,7 @@ from deploykit.quantization.calibration import Method, Observe, clipped_range, c
 from deploykit.quantization.qdq import MIN_EMBEDDING_ROWS, activation_parameters
 
 FILE = "qat.json"
-"""Of a checkpoint: the scales that its linear layers' inputs were trained with."""
+"""File of a checkpoint with the scales that its linear layers' inputs were trained with."""
 
 _LEARNING_RATE = 100
 """Steps of a scale's logarithm, in those of a weight: learning rates are for weights of size 0.1, and a scale may have
@@ -36,9 +36,9 @@ to double."""
 
 @dataclass(frozen=True)
 class TrainedScales:
-    """The S8 scale of what goes into each linear layer, by the name of its module; layers not named stay as they are.
+    """The S8 scale of each linear layer's input, by the name of its module; other layers stay unchanged.
 
-    ``method`` and ``rows`` say how the scales were calibrated that training began with.
+    ``method`` and ``rows`` say how the initial scales were calibrated.
     """
 
     scales: Mapping[str, float]
@@ -88,7 +88,7 @@ class FakeQuantization:
 
     def __init__(self, model: torch.nn.Module, token_ids: Sequence[Sequence[int]], method: Method) -> None:
         """Calibrate by ``method`` on tokenized rows, unpadded, and begin. Raises ExportError for a model without linear
-        layers over tokens, or with matrices that are no linear layers of PyTorch's."""
+        layers over tokens, or with matrices that are not PyTorch linear layers."""
         self._model, self._method = model, method
         self._rows = len(token_ids)
         self._groups = _layers_by_input(model, token_ids[0])
@@ -117,7 +117,7 @@ class FakeQuantization:
         ]
 
     def remove(self) -> TrainedScales:
-        """Leave the model as it came but for its weights; returns the scales it has learned."""
+        """Restore the model's structure, with the trained weights; returns the learned scales."""
         with torch.no_grad():
             scales = [float(self._input_scales.scale(index)) for index in range(len(self._groups))]
         for group in self._groups:
@@ -180,7 +180,7 @@ def _layers_by_input(model: torch.nn.Module, token_ids: Sequence[int]) -> list[l
 def _watched(
     model: torch.nn.Module, names: Sequence[str], show: Callable[[str, torch.Tensor], object]
 ) -> Iterator[None]:
-    """Show what goes into the modules of these names."""
+    """Pass the inputs of the modules with these names to ``observe``."""
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
             functools.partial(lambda name, _, args: (show(name, args[0]), None)[1], name)

@@ -1,4 +1,4 @@
-"""The values that a run trains with, each with the reason that is printed before training."""
+"""Describe the values that a run trains with, each with its reason, for printing before training."""
 
 from __future__ import annotations
 

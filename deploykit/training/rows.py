@@ -1,4 +1,4 @@
-"""The rows of a run: read, cleaned and split the same way for every task, and kept in the checkpoint."""
+"""Read, clean and split the rows of a run in the same way for every task, and keep them in the checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RowSource(Protocol[Raw, Row, Columns]):
         """Raise DataError for rows that no model can be trained or measured on."""
 
     def drop_leaks(self, train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], int]:
-        """Return training rows without those that are held out, and how many those were."""
+        """Return training rows without held-out ones, and the number removed."""
 
     def take(self, rows: Sequence[Row], count: int) -> list[Row]: ...
 
@@ -50,7 +50,7 @@ class RowSource(Protocol[Raw, Row, Columns]):
 
 @dataclass(frozen=True)
 class Rows(Generic[Row, Columns]):
-    """Cleaned rows by split, where they came from, and what cleaning did to them."""
+    """Cleaned rows by split, with their sources and the reports of cleaning."""
 
     columns: Columns
     splits: dict[str, list[Row]]
@@ -69,7 +69,7 @@ def held_out(splits: Container[str]) -> str:
 
 
 def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say: Say) -> Rows[Row, Columns]:
-    """Read the files that ``options`` name, clean them, and split off what was not given."""
+    """Read the files that ``options`` name, clean them, and split off the splits that were not given."""
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     cleaning: dict[str, Report] = {}
     columns: Columns | None = None
@@ -126,7 +126,7 @@ def named_paths(source: str) -> list[Path]:
 
 
 def absolute(source: str) -> str:
-    """Return ``source`` so that it names the same from any folder; what is not here stays as it is."""
+    """Return ``source`` so that it is valid from any folder; a name that is not a local path stays unchanged."""
     if not named_paths(source):
         return source
     return ",".join(str(Path(part).absolute()) for part in ([source] if Path(source).exists() else source.split(",")))

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face checkpoints: found and checked, before torch and transformers, which take seconds, are imported."""
+"""Find and check folders of Hugging Face checkpoints, before the slow imports of torch and transformers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TOKENIZER_SETS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 
 def check_source(model: str, task: str | None = None) -> None:
-    """Refuse what cannot be a checkpoint, before minutes are spent on data.
+    """Refuse a folder that cannot be a checkpoint, before minutes are spent on data.
 
     Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, or, when ``task`` is named,
-    one made for another. A name that is no folder is taken as a hub id and checked when it is loaded.
+    a checkpoint for another task. A name that is not a folder is treated as a hub id and checked when it is loaded.
     """
     path = Path(model)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Make a smaller model of some of the layers of another."""
+"""Make a smaller model from some of the layers of another."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def keep_layers(model: Any, count: int, side: Side = "") -> tuple[Any, list[int]
 
 
 def layer_count(model: Any, side: Side = "") -> int:
-    """Return how many layers a model has, or its ``side``; 0 if that is not known."""
+    """Return the number of layers of a model, or of its ``side``; 0 if unknown."""
     return next((int(getattr(model.config, name)) for name in _COUNTS[side] if hasattr(model.config, name)), 0)
 
 

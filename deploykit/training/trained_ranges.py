@@ -1,4 +1,4 @@
-"""The ranges of a checkpoint that was trained for INT8, as its export needs them: by the names of a graph's tensors."""
+"""Return the ranges of a checkpoint that was trained for INT8, by the names of a graph's tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained_ranges(
 ) -> dict[str, tuple[float, float]]:
     """Return the range of each of ``activations`` that linear layers of ``graph`` read, symmetric: -127 to 127 steps.
 
-    Layers are known by their weights, which must be the very ones of a module of ``model`` (the checkpoint in PyTorch).
+    Layers are identified by their weights, which must equal those of a module of ``model`` (the checkpoint in PyTorch).
     Raises ExportError when a layer that is to be quantized has no scale, when two that read one activation differ, or when a
     trained scale belongs to none.
     """

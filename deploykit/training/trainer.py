@@ -59,7 +59,7 @@ class Trained:
 def arguments(
     options: FinetuneOptions, batches: int, work: Path, kind: type = TrainingArguments, **own: Any
 ) -> TrainingArguments:
-    """Return ``options`` in Trainer's words; ``batches`` is how many an epoch has, of all processes, ``own`` what a task adds.
+    """Return ``options`` as Trainer's arguments; ``batches`` is the number per epoch over all processes, ``own`` has the task's additions.
 
     The best evaluation is the one with the highest metric "selection"; without validation rows there is none. Checkpoints
     go to ``work``.
@@ -104,7 +104,7 @@ def arguments(
 
 
 def computes_bf16() -> bool:
-    """Return whether this machine multiplies bf16 matrices itself: then they are 1.8x as fast as fp32 ones (measured on AVX512)."""
+    """Return whether this machine has bf16 matrix instructions: then products are 1.8x as fast as in fp32 (measured on AVX512)."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
@@ -133,7 +133,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
 
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
-    """Return TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
+    """Return the callbacks: TensorBoard's logs, progress, and, if requested, early stopping, regularization and ``watched``."""
     found: list[Any] = []
     if processes.is_first():
         found += [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
@@ -163,9 +163,9 @@ def run(trainer: Any) -> Any:
 
 
 class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
-    """Rows in an order drawn anew for each epoch, texts of about the same length together.
+    """Samples rows in a new order for each epoch, with texts of similar length together.
 
-    The order depends on seed, epoch and the rows of a step alone, so that several processes train as one does.
+    The order depends only on seed, epoch and the rows of a step, so that several processes train like one process.
     """
 
     def __init__(self, args: TrainingArguments, lengths: list[int]) -> None:
@@ -190,7 +190,7 @@ def own_batches(trainer: Any, batches: Iterable[list[int]]) -> Any:
 
 
 def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:
-    """Return ``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
+    """Return ``model`` with a LoRA adapter, the only part that is trained (Hu et al., ICLR 2022).
 
     Modules that have keys in ``new`` are trained whole and saved with the adapter: their random weights are nowhere else.
     ``own`` are settings of peft's ``LoraConfig`` that a task has, in place of these.

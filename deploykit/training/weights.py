@@ -1,7 +1,7 @@
-"""Read the weights of a checkpoint into a model, and refuse the load when any weight would be left random.
+"""Read the weights of a checkpoint into a model, and refuse a checkpoint that would leave a weight random.
 
-transformers fills what a file lacks with random numbers and goes on. Here every key of the file is held against every
-key of the model: what differs is an error that lists the keys, or, before training, a head that is newly made.
+transformers fills missing weights with random numbers and continues. Here every key of the file is compared with every
+key of the model: a difference is an error that lists the keys, or, before training, a new head.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def load_reported(auto_model: str, checkpoint: str, config: Any, *, new_head: bo
     """Load ``checkpoint`` (a folder or a hub id) as the class that ``auto_model`` has for its ``config``.
 
     Weights come from safetensors, or from pytorch_model.bin by ``torch.load(weights_only=True)``. The prefixes that
-    ``torch.compile`` and DistributedDataParallel put before keys are taken off. Both are logged in one line each.
+    ``torch.compile`` and DistributedDataParallel put before keys are removed. Both are logged in one line each.
 
-    With ``new_head`` the head and the pooler may be missing or of another size: they are made anew, and ``Loaded.new``
+    With ``new_head`` the head and the pooler may be missing or of another size: they are initialized, and ``Loaded.new``
     lists them. Raises ArtifactError, with the keys and the likely cause, when any other weight is missing, has another
     shape, is in the file without a place in the model, or is not finite.
     """
@@ -112,7 +112,7 @@ def local_folder(checkpoint: str) -> Path:
 
 
 def read_generation_config(checkpoint: str) -> GenerationConfig:
-    """Return generation_config.json, or where there is none the fields that older checkpoints keep in config.json."""
+    """Return generation_config.json, or, if it is missing, the fields that older checkpoints keep in config.json."""
     try:
         return GenerationConfig.from_pretrained(checkpoint)
     except OSError:
@@ -195,7 +195,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _without_prefixes(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Take off what wrappers put before keys, which is no part of any model; also returns what was taken off."""
+    """Remove the prefixes that wrappers put before keys; also returns the removed prefixes."""
     prefixes = []
     if any(_COMPILED in key for key in weights):
         weights = {key.replace(_COMPILED, ""): value for key, value in weights.items()}

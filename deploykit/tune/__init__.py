@@ -1,1 +1,1 @@
-"""Find the settings that serve a packaged model best on this machine, and write them into its config."""
+"""Find the best serving settings of a packaged model on this machine, and write them into its config."""

@@ -95,7 +95,7 @@ class Trial:
 
     @property
     def cpu_ms(self) -> Mapping[str, float] | None:
-        """That of the last round which knows it."""
+        """The value of the last round that has it."""
         return next((r.cpu_ms for r in reversed(self.rounds) if r.cpu_ms is not None), None)
 
     @property

@@ -222,7 +222,7 @@ def test_a_label_that_is_no_number_is_named(
     folder = make_tiny_checkpoint(tmp_path / "c")
     code, out = run("finetune", folder, "--train", rows, "--regression", "--output-dir", tmp_path / "r")
     assert code == 1
-    assert "is no number" in out
+    assert "is not a number" in out
     assert "rows.csv:" in out
 
 

@@ -287,7 +287,7 @@ def test_words_of_a_text_weigh_by_what_its_translation_loses(
         assert (given.answer, len(given.words)) == ("Enregistrer le fichier.", 2)
         with pytest.raises(UsageError, match="an export explains only its own"):
             graph.explain([text], answer="Oui")
-        with pytest.raises(UsageError, match="explained by occlusion"):
+        with pytest.raises(UsageError, match="only occlusion explains"):
             model.explain([text], method="gradients")
         with pytest.raises(DataError, match="the translation is empty"):
             model.explain([" "])

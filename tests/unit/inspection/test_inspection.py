@@ -76,7 +76,7 @@ def test_columns_to_slice_by_are_those_of_a_table(tmp_path: Path) -> None:
     assert read_columns("nowhere", [], reading=AS_FOUND, split="test")(origins) == {}
     with pytest.raises(DataError, match="has no column 'sauce' to slice by"):
         read_columns(str(rows), ["sauce"], reading=AS_FOUND, split="test")(origins)
-    with pytest.raises(DataError, match=r"x\.json:1: is no row of a table"):
+    with pytest.raises(DataError, match=r"x\.json:1: is not a row of a table"):
         read_columns(str(rows), ["source"], reading=AS_FOUND, split="test")(["x.json:1"])
 
 
