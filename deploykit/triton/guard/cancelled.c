@@ -1,17 +1,17 @@
-// Two faults of Triton 2.51 with requests on gRPC that a client cancels when they are about to end.
+// Work around two faults of Triton 2.51 with gRPC requests that a client cancels when they are about to end.
 //
-// Triton forgets some: it waits for a further event, which does not come, and keeps the request for ever, and with it its model,
-// which then cannot be unloaded. Here a released request that Triton still has FORGOTTEN_S after its last response is deleted. If it was
+// Triton forgets some of them: it waits for a further event, which does not arrive, and keeps the request, and with it its model, forever,
+// so that the model cannot be unloaded. This file deletes a released request that Triton still has FORGOTTEN_S after its last response. If it was
 // not forgotten (its client may read slowly), Triton uses its address once more. So no other request gets that address, and
 // calls with it do nothing.
 //
 // Triton releases the state of some requests twice, and soon ends with SIGSEGV or a failed assertion. Its gRPC thread learns of
 // a cancellation, and then cancels the requests. The last response of a cancelled request puts its state on the queue of that
-// thread, which releases it. If the response comes between the two, or while another one is being written, the thread meets the
-// state twice. So the last response waits here for SETTLED_MS after a cancellation. Whether Triton takes a request for
-// cancelled shows only in what it does with the last response: it deletes it, and deletes no error of reading it before. If it
+// thread, which releases it. If the response arrives between the two, or while another one is being written, the thread releases the
+// state twice. So this file delays the last response for SETTLED_MS after a cancellation. Whether Triton treats a request as
+// cancelled shows only in its handling of the last response: it deletes it, without deleting an error of reading it first. If it
 // does so before it has cancelled the request, that call does not return: the stack is unwound, which frees Triton's lock, and
-// the response is given again later.
+// the response is sent again later.
 
 #define _GNU_SOURCE
 #include "cancelled.h"
@@ -69,7 +69,7 @@ static int64_t milliseconds(void) {
   return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-// What a thread that tells Triton of a last response needs to take it back.
+// Data with which a thread can take back a last response that it has passed to Triton.
 typedef struct {
   int read;  // Triton has looked at the response
   jmp_buf back;
@@ -104,7 +104,7 @@ EXPORTED Error *TRITONSERVER_InferenceResponseDelete(void *response) {
   return next(response);
 }
 
-// Returns 0 if Triton takes the request for cancelled. Nothing has happened then.
+// Returns 0 if Triton treats the request as cancelled. Then nothing has happened.
 static int tell_unless_cancelled(Record *record) {
   Telling self = {.frame = __builtin_frame_address(0)};
   if (setjmp(self.back) != 0) {

@@ -1,30 +1,30 @@
-// A shared library that `deploykit serve` loads into Triton before Triton's own (LD_PRELOAD). It takes the place of some
-// functions, so that it sees each request on HTTP and gRPC where Triton reads it, at no cost:
+// A shared library that `deploykit serve` loads into Triton before Triton's own (LD_PRELOAD). It replaces some
+// functions, so that it sees each HTTP and gRPC request when Triton reads it, at no cost:
 //
-// TRITONSERVER_InferenceRequestAddInput: Triton 2.51 makes room for the shape that a request declares before it counts the
-//   values it sends, so 100 bytes could take gigabytes. A shape of more than MAX_TENSOR_BYTES, or one that is no shape, is
+// TRITONSERVER_InferenceRequestAddInput: Triton 2.51 allocates the shape that a request declares before it counts the
+//   values in the request, so 100 bytes could allocate gigabytes. A shape of more than MAX_TENSOR_BYTES, or an invalid one, is
 //   refused here.
 // TRITONSERVER_DataTypeByteSize, TRITONSERVER_InferenceResponseOutput, TRITONSERVER_InferenceRequestNew: asked for the classes
-//   of an output that holds texts (the parameter "classification"), Triton divides by the size of a text, 0, and ends. While it
+//   of an output of texts (the parameter "classification"), Triton divides by the size of a text, 0, and ends. While it
 //   writes an answer the size is 1 here; it then says that there are no classes.
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
-// TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
-//   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+// TRITONSERVER_ErrorCode: Triton reports some errors of the client as internal, and a model that is being loaded again as
+//   internal or not found. Here they get the code that clients understand: 400, or 503, after which clients retry.
 // TRITONSERVER_ErrorDelete: Triton asks for the code of an answer's error on /generate after it has deleted the error, so any
 //   such answer had status 400. The last error of a thread is kept until the next one is deleted.
 // TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones lose their middle.
-//   Some name what they are about: the body, or the inputs that may have a value of the wrong type on /generate.
+//   Some errors get the name of the field at fault: the body, or the inputs that may have a value of the wrong type on /generate.
 // "triton_grpc_error": with this header on gRPC, an error in a stream may crash Triton 2.51 (the stream's end and the error
 //   release the same state). Triton is made to look for a header that no client can send.
-// strncasecmp: Triton copies the body of a form, as `curl -d` calls what it sends, to the stack. One of 4 MB ended Triton.
-//   No body is a form here.
+// strncasecmp: Triton copies the body of a form, the content type of `curl -d`, to the stack. A body of 4 MB ended Triton.
+//   With this library no body is a form.
 // syscall, TRITONSERVER_ServerInferAsync, TRITONSERVER_InferenceRequestDelete: Triton does not look at a connection on HTTP
-//   until it answers. A request whose client closes the connection is cancelled here, as Triton does on gRPC.
-// readv, syscall: Triton waits for the rest of a request without end, as for a body shorter than its Content-Length. A
-//   connection on HTTP is closed if a part of a request came and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
-// TRITONSERVER_InferenceRequestCancel and others: requests that are cancelled at their end neither stay for ever nor end Triton;
+//   until it answers. This library cancels a request when its client closes the connection, as Triton does on gRPC.
+// readv, syscall: Triton waits forever for the rest of a request, for example if the body is shorter than its Content-Length. A
+//   connection on HTTP is closed if a part of a request arrived and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
+// TRITONSERVER_InferenceRequestCancel and others: requests that are cancelled at their end neither stay forever nor end Triton;
 //   see cancelled.c.
-// sem_timedwait, fork: a model's process that is stopped is not taken for dead; see stopped.c.
+// sem_timedwait, fork: a stopped model process does not count as dead; see stopped.c.
 // TRITONSERVER_InferenceRequestAppendInputData: requests whose strings are not complete are refused; see incomplete.c.
 
 #define _GNU_SOURCE
@@ -49,7 +49,7 @@
 
 enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20, MAX_MESSAGE = 2500 };
 
-// The model processes must not have this library: they may unpack what they like. Triton passes its environment on, and so
+// The model processes must not load this library: they may unpack any data. Triton passes its environment on, and so
 // does a shell that starts it.
 __attribute__((constructor)) static void leave_the_environment(void) {
   if (dlsym(RTLD_DEFAULT, "TRITONSERVER_ServerNew") == NULL) return;  // this is not Triton
@@ -104,7 +104,7 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
     size_of = (uint32_t(*)(int))dlsym(RTLD_NEXT, "TRITONSERVER_DataTypeByteSize");
     next = (Error * (*)(void *, const char *, int, const int64_t *, uint64_t)) dlsym(RTLD_NEXT, __func__);
   }
-  // Texts have size 0 here: Triton makes room for those that are sent. Their number must still be a number.
+  // Texts have size 0 here: Triton allocates memory for the texts in the request. Their number must still be valid.
   int64_t size = size_of(datatype);
   int64_t bytes = tensor_bytes(shape, dimensions, size == 0 ? 1 : size);
   if (bytes < 0) {
@@ -153,7 +153,7 @@ EXPORTED uint32_t TRITONSERVER_DataTypeByteSize(int datatype) {
   return size == 0 && answering ? 1 : size;
 }
 
-// Triton heeds no error of inflate but STREAM_ERROR.
+// Triton ignores all errors of inflate except STREAM_ERROR.
 EXPORTED int inflate(ZStream *stream, int flush) {
   static int (*next)(ZStream *, int);
   if (next == NULL) next = (int (*)(ZStream *, int))dlsym(RTLD_NEXT, __func__);
@@ -237,7 +237,7 @@ static int connections;                                   // the highest connect
 static int closings = -1;                                 // an epoll of these connections
 static __thread int paused = -1;  // Triton's HTTP thread stops reading a connection before it submits the request
 
-static _Atomic int64_t read_at[MAX_CONNECTIONS];  // when a part of a request came on a connection, in s; 0: there is none
+static _Atomic int64_t read_at[MAX_CONNECTIONS];  // when a part of a request arrived on a connection, in s; 0: no part is pending
 
 static int64_t seconds(void) {
   struct timespec now;

@@ -1,4 +1,4 @@
-// Inputs of texts are read as they are added to a request: the Python backend of Triton 2.51 answers a whole batch with the error
+// Check inputs of texts when they are added to a request: the Python backend of Triton 2.51 answers a whole batch with the error
 // of one request whose strings are not complete.
 
 #define _GNU_SOURCE
@@ -17,7 +17,7 @@ typedef struct {
   uint32_t length;           // the bytes of its length so far
   int length_bytes;          // their number
   int too_much;
-  int unseen;  // the bytes are where they cannot be read here
+  int unseen;  // the bytes are in memory that cannot be read here
 } Strings;
 
 // A request is made and submitted in one thread.

@@ -6,5 +6,5 @@
 void begin_strings(void);
 void expect_strings(const char *name, int64_t wanted);
 
-// Return what is wrong with the strings of this thread's request, which ends; NULL for nothing.
+// Return the error in the strings of this thread's request, which ends; NULL if there is none.
 const char *incomplete_strings(void);

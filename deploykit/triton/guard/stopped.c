@@ -1,7 +1,7 @@
-// While Triton 2.51 waits for a model's process, it looks every second whether that has set a flag, as it does every 300 ms. A
-// process that is stopped (SIGSTOP), or gets no time on a busy machine, has not. Triton answers its requests with an error then,
-// and frees them in the shared memory, although the process has not read them. When it goes on, it writes there, and Triton soon
-// ends with SIGSEGV. So a wait ends here only with an answer, or when the process has ended.
+// While Triton 2.51 waits for a model's process, it checks every second whether the process has set a flag, which it does every 300 ms. A
+// process that is stopped (SIGSTOP), or gets no CPU time on a busy machine, has not. Then Triton answers its requests with an error,
+// and frees them in the shared memory, although the process has not read them. When the process continues, it writes there, and Triton soon
+// ends with SIGSEGV. So here a wait ends only with an answer, or when the process has ended.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

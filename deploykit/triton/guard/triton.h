@@ -1,4 +1,4 @@
-// What the guard needs of triton/core/tritonserver.h and zlib.h, whose interfaces are stable.
+// The parts of triton/core/tritonserver.h and zlib.h that the guard needs; their interfaces are stable.
 
 #pragma once
 

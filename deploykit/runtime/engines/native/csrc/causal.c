@@ -1,13 +1,13 @@
 /* Decoder-only language models: one step over any tokens of any rows.
  *
- * A token's result depends on what its own row has in the caches alone: neither on the other tokens of the step, nor on the
+ * A token's result depends only on its own row's caches: neither on the other tokens of the step, nor on the
  * number of threads, to the bit. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 
-#define LOCAL_BYTES 32768 /* of weights, that all groups of rows are multiplied by while they are in a cache */
+#define LOCAL_BYTES 32768 /* of weights, which all groups of rows use while they are in a cache */
 
 typedef struct Causal {
     const CausalModel *model;
@@ -15,7 +15,7 @@ typedef struct Causal {
     int capacity, room;            /* rows, and positions of scores */
     float *x, *y, *packed, *attended, *middle;
     Given given;                   /* rows of the batch */
-    Given *own;                    /* [threads]: of each, for the single row of a batch */
+    Given *own;                    /* [threads]: one for each thread, for the single row of a batch */
     float **normed, **scores;      /* [threads] */
 } Causal;
 
@@ -108,8 +108,8 @@ static void widen(Context *c, int number, const Given *from, const CausalLayer *
         }
 }
 
-/* Prepare all rows of ``x`` (of ``places``, if given), normed, as the input of ``next``. A single row is prepared by each
- * thread for itself: that is faster than to wait for each other. */
+/* Normalize all rows of ``x`` (of ``places``, if given) and prepare them as the input of ``next``. Each thread prepares
+ * a single row for itself, which is faster than waiting for another thread. */
 static const Given *prepare(Context *c, int number, const float *x, int64_t stride, const int32_t *places, int rows,
                             const Norm *norm, const Matrix *next) {
     Causal *l = c->causal;
@@ -125,7 +125,7 @@ static const Given *prepare(Context *c, int number, const float *x, int64_t stri
     return to;
 }
 
-/* Norm and rotate a head's query or key: [size] padded to 16. */
+/* Normalize and rotate a head's query or key: [size] padded to 16. */
 static void turn(Context *c, const CausalLayer *layer, const Norm *norm, const float *angles, int size, const float *x,
                  float *to) {
     int half = layer->turned;
@@ -153,7 +153,7 @@ INLINE Region region_of(const Causal *l, int row, int layer_number, int key_head
     return (Region){b->keys + at * (positions / 16) * key_bytes(m->cache, size), b->values + at * positions * value_bytes(m->cache, size)};
 }
 
-/* Write the rows' keys and values to the caches, and turn the queries in place. */
+/* Write the rows' keys and values to the caches, and rotate the queries in place. */
 static void keep_rows(Context *c, int number, int layer_number, int64_t stride) {
     Causal *l = c->causal;
     const CausalModel *m = l->model;
@@ -179,7 +179,7 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
     }
 }
 
-/* Attention of ``heads`` heads, which share keys and values, of ``rows`` rows of one slot. ``next``: the row after them, from its
+/* Compute attention of ``heads`` heads, which share keys and values, for ``rows`` rows of one slot. ``next``: the row after them, from its
  * head ``next_head`` on. */
 static void attend(Context *c, int number, int layer_number, int row, int rows, int head, int heads, int next, int next_head,
                    int64_t stride, int64_t out_stride) {
@@ -217,7 +217,7 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
         }
         return;
     }
-    /* Rows by turns, because those of a prompt see more and more. Rows of one slot are computed together. */
+    /* Threads take rows in turn, because later rows of a prompt attend to more positions. Rows of one slot are computed together. */
     int together = at_once / most;
     for (int row = number * together; row < b->rows; row += c->threads * together) {
         int end = row + together < b->rows ? row + together : b->rows;
@@ -232,7 +232,7 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
     }
 }
 
-/* Add a block's output, normed if it has a norm, to the residual. */
+/* Add a block's output, normalized if it has a norm, to the residual. */
 static void add_block(Context *c, int number, const Norm *norm, int rows) {
     Causal *l = c->causal;
     int first, last, hidden = l->model->hidden, stride = wide(hidden);
@@ -297,7 +297,7 @@ static void step_causal(Context *c, int number) {
         c->kernels->cap_values(b->logits + (int64_t)row * m->head.out, m->head.out, m->logit_cap);
 }
 
-/* Make room for ``rows`` rows that see ``positions`` positions. Returns 0 if out of memory. */
+/* Allocate memory for ``rows`` rows that attend to ``positions`` positions. Returns 0 if out of memory. */
 static int make_room(Context *c, int rows, int positions) {
     Causal *l = c->causal;
     const CausalModel *m = l->model;
@@ -367,7 +367,7 @@ API Context *deploykit_new_causal(const CausalModel *model, int threads) {
     return NULL;
 }
 
-/* Return how many tokens take little longer than one. */
+/* Return the number of tokens that take little longer than one token. */
 API int deploykit_tokens_of_a_step(const Context *c) {
     int together = c->causal->model->layer->qkv.kind == INT8 ? c->kernels->unit : 1;
     return together > MOST_ROWS ? together : MOST_ROWS;

@@ -18,7 +18,7 @@
 #define COLUMNS 16
 #define BLOCK 32
 #define LARGEST_HEAD 256
-#define MATRIX_ROWS 256 /* most rows of a product by a panel */
+#define MATRIX_ROWS 256 /* maximum rows of a product with a panel */
 #define MOST_PANELS 2
 
 enum { FLOAT32 = 1, INT8, INT4, FLOAT16 };
@@ -32,9 +32,9 @@ typedef struct {
 } Matrix;
 
 typedef struct {
-    Matrix qkv, out, up, down; /* up: panels of gate and up by turns if ``gated`` */
+    Matrix qkv, out, up, down; /* up: alternating panels of gate and up if ``gated`` */
     Norm attention_norm, feed_forward_norm, query_norm, key_norm, after_attention, after_feed_forward;
-    int32_t rope, turned, window; /* number of the rotation's table or -1, channels / 2 that it turns; 0: all are seen */
+    int32_t rope, turned, window; /* number of the rotation's table or -1; rotated channels / 2; window, 0: none */
     int32_t gated, parallel, activation;
 } CausalLayer;
 
@@ -61,7 +61,7 @@ typedef struct {
     float *logits; /* [wanted][vocabulary] */
 } CausalBatch;
 
-/* The input rows of a matrix, in the type that it multiplies. */
+/* The input rows of a matrix, in the type of its products. */
 typedef struct {
     uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#define LOCAL_ROWS 64 /* whose intermediate results stay in the L2 cache, beside a layer's weights */
+#define LOCAL_ROWS 64 /* whose intermediate results fit the L2 cache together with a layer's weights */
 
 /* Lay out ``h`` in ``memory`` (NULL to compute the size only). Returns the size in bytes. */
 static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
@@ -175,7 +175,7 @@ static int take_texts(Context *c, int *first) {
     return last;
 }
 
-/* Threads split the rows; or if there are many, each takes whole texts, so that none waits for another. */
+/* Threads split the rows. If there are many rows, each thread takes whole texts, so that no thread waits for another. */
 void classify(Context *c, int number) {
     int first, last;
     if (!c->apart) {

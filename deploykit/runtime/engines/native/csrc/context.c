@@ -133,7 +133,7 @@ API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, in
     return c;
 }
 
-/* deploykit_classify of so many tokens that each thread gets several texts of its own. */
+/* Compute deploykit_classify for so many tokens that each thread gets several whole texts. */
 static int classify_texts(Context *c, const int64_t *ids, const int32_t *places, const int32_t *starts, int texts, float *logits) {
     int longest = TOKENS_PER_THREAD;
     for (int i = 0; i < texts; i++)

@@ -51,7 +51,7 @@ static int has_avx512vnni(void) {
     return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & bit_AVX512VNNI);
 }
 
-/* Linux saves tile registers only for a process that asked for it. Old kernels do not know the question. */
+/* Linux saves tile registers only for a process that requested it. Old kernels do not have this request. */
 static int has_amx(void) {
 #if defined(__linux__)
     uint32_t a, b, c, d;
@@ -66,7 +66,7 @@ static int has_amx(void) {
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 
-/* On a CPU with cores of several kinds, Linux tells what all of them have. */
+/* On a CPU with several kinds of cores, Linux reports the features that all cores have. */
 static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #elif defined(__aarch64__) && defined(__APPLE__)

@@ -55,7 +55,7 @@ struct Kernels {
     int32_t panels;            /* that multiply takes at most, up to MOST_PANELS */
     int32_t queries;           /* that attend_head takes at most, up to TEXT_QUERIES */
     int32_t seen_queries;      /* that attend_seen takes at most, up to MOST_QUERIES */
-    /* Give up the thread's tile registers, after its part of a job; may be NULL. */
+    /* Release the thread's tile registers, after its part of a job; may be NULL. */
     void (*release)(void);
 
     /* Write row ``row`` of ``to``, the input of ``next``: ``x`` times ``scale``. */
@@ -110,7 +110,7 @@ struct Kernels {
     float (*highest_of)(const float *x, int n);
     /* Compute 2^((x - highest) * slope), and the sum of each SHARES of them. */
     void (*shares_of)(const float *x, int n, float highest, float slope, float *shares, double *sums);
-    /* Write the places of the values over ``limit``, ascending. Returns how many there are. */
+    /* Write the positions of the values over ``limit``, ascending. Returns their number. */
     int (*find_over)(const float *x, int n, float limit, int32_t *places);
 };
 

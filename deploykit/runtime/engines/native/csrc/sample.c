@@ -1,9 +1,9 @@
-/* Draw a token from logits, by the rules of runtime/token_distribution.py. */
+/* Sample a token from logits, with the rules of runtime/token_distribution.py. */
 #include <math.h>
 
 #include "kernels.h"
 
-/* Memory for values and places, each for a whole vocabulary. */
+/* Memory for values and positions, each for a whole vocabulary. */
 typedef struct {
     float *shares, *values, *keys, *weights, *picked;
     int32_t *ids, *places;
@@ -16,10 +16,10 @@ static void swap(float *a, float *b) {
     *b = held;
 }
 
-/* A value that is neither the largest nor the smallest of three. */
+/* The median of three values. */
 static float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
-/* Move the values over ``pivot``, or those that equal it, to the front, and their weights with them. Returns how many there are,
+/* Move the values over ``pivot``, or those that equal it, to the front, with their weights. Returns their number,
  * and adds their weights to ``sum``. */
 static int move(float *x, float *weights, int n, float pivot, int equal, double *sum) {
     int moved = 0;
@@ -50,11 +50,11 @@ static float boundary(float *x, float *weights, int n, int count, double share) 
     }
 }
 
-/* Keep the ``count`` tokens with the highest logits, and those that equal the last. Returns how many. */
+/* Keep the ``count`` tokens with the highest logits, and those equal to the last. Returns the number kept. */
 static int keep_best(const Kernels *k, const float *logits, int n, int count, Room r) {
     int width = n / 8 / count, found = 0, kept = 0;
     float limit = -INFINITY;
-    if (width > 1) { /* that many logits reach the limit, and few others do */
+    if (width > 1) { /* at least that many logits reach the limit, and few others do */
         for (int i = 0; i < 8 * count; i++) r.values[i] = k->highest_of(logits + i * width, width);
         limit = boundary(r.values, r.values, 8 * count, count, -INFINITY);
     }
@@ -67,7 +67,7 @@ static int keep_best(const Kernels *k, const float *logits, int n, int count, Ro
     return kept;
 }
 
-/* Keep the places of the smallest set of the largest shares that reaches ``top_p`` of all. Returns how many. */
+/* Keep the positions of the smallest set of the largest shares that reaches ``top_p`` of the sum. Returns the number kept. */
 static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
     double total = 0, sum = 0;
     for (int i = 0; i < (n + SHARES - 1) / SHARES; i++) total += r.sums[i];
@@ -98,10 +98,10 @@ static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
 /* The information of a token, less that of the likeliest. */
 static float information(float logit, float highest, double temperature) { return (float)((double)(highest - logit) / temperature); }
 
-/* How near the information of a token is to ``mean``, that of all: 0 is nearest. */
+/* The distance of a token's information from ``mean``, the entropy: 0 is nearest. */
 static float nearness(float informs, double mean) { return -fabsf((float)((double)informs - mean)); }
 
-/* Of ``n`` places, keep those with the nearest information, as few as reach ``typical_p`` of all. Returns how many. ``x``: logits. */
+/* Of ``n`` positions, keep the fewest with the nearest information that reach ``typical_p`` of the sum. Returns the number kept. ``x``: logits. */
 static int keep_typical(const float *x, float highest, double temperature, int n, double typical_p, Room r) {
     double total = 0, mean = 0;
     for (int i = 0; i < n; i++) {
@@ -124,7 +124,7 @@ static int keep_typical(const float *x, float highest, double temperature, int n
     return kept;
 }
 
-/* Draw one of ``n`` shares, those at ``places`` or, if that is NULL, all. Returns -1 if none is over 0. */
+/* Sample one of ``n`` shares, those at ``places`` or, if that is NULL, all. Returns -1 if none is over 0. */
 static int draw(const float *shares, const int32_t *places, int n, double uniform) {
     double total = 0, sum = 0;
     int last = -1;
@@ -139,10 +139,10 @@ static int draw(const float *shares, const int32_t *places, int n, double unifor
     return last;
 }
 
-/* Return the bytes of room that deploykit_draw needs for a vocabulary of ``n``. */
+/* Return the bytes of memory that deploykit_draw needs for a vocabulary of ``n``. */
 API int64_t deploykit_draw_room(int32_t n) { return 7 * sizeof(float) * (int64_t)n + sizeof(double) * (n / SHARES + 1); }
 
-/* Draw a token of ``n``, by the rules in this order: temperature, top-k (0: none), top-p (1: none), min-p (0: none), typical-p
+/* Sample a token of ``n``, with the rules in this order: temperature, top-k (0: none), top-p (1: none), min-p (0: none), typical-p
  * (1: none).
  * ``uniform`` is from [0, 1). Returns -1 if no logit is finite. */
 API int32_t deploykit_draw(const float *logits, int32_t n, double temperature, int32_t top_k, double top_p, double min_p,

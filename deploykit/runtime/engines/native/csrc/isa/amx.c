@@ -279,7 +279,7 @@ static void multiply_many(const Given *from, const Matrix *m, int row, int rows,
         memset(end + i * TILE + TILE / 2, 0, TILE / 2);
     }
     settle();
-    configure(blocks == 1 ? rows : 16); /* missing rows would take time too */
+    configure(blocks == 1 ? rows : 16); /* computing missing rows would take time too */
     for (int i = 0; i < blocks; i++) {
         const uint8_t *x = from->tiles + (row / 16 + i) * all * (2 * TILE);
         const int8_t *later = w + AHEAD + 64 * lines * i, *last = steps < all ? end : NULL;

@@ -117,7 +117,7 @@ INLINE Floats load_seen(const int kind, const uint8_t *x) {
 
 #define EACH_QUERY _Pragma("GCC unroll 12") for (int g = 0; g < queries; g++) /* unrolled, so that sums stay in registers */
 
-/* The positions among 16 from ``t`` on that a query sees. */
+/* The positions among 16 from ``t`` on that a query attends to. */
 INLINE uint32_t seen_from(const SeenBy *q, int t) { return tail(q->n - t) & ~tail(q->first - t); }
 
 INLINE void prefetch_bytes(const uint8_t *from, int64_t bytes) {
@@ -174,7 +174,7 @@ INLINE void weigh(const int kind, const int queries, const int spans, const Seen
         EACH_QUERY f_store_some(q[g].out + i + 16 * j, f_mul(sums[j * queries + g], whole[g]), s->size - i - 16 * j);
 }
 
-/* Positions that one query sees and another does not have a share of 0, which changes no sum. INT8: shares are multiplied by the
+/* A position that a query does not attend to has a share of 0, which changes no sum. INT8: shares are multiplied by the
  * values' scales. */
 INLINE void attend_few(const int kind, const int queries, const Seen *s, const SeenBy *q, float *scores) {
     const int spans = SEEN_QUERIES / queries;
@@ -233,7 +233,7 @@ static void attend_halves(const Seen *s, int queries, const SeenBy *q, float *sc
 #undef FOUR_CASES
 #undef CASE
 
-/* Queries are taken by numbers that there is code for. */
+/* Queries are taken in groups of sizes for which there is code. */
 static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
     for (int some; queries; queries -= some, q += some) {
         int most = s->kind != FLOAT16 ? 4 : queries >= 12 ? 12 : queries >= 9 ? 9 : 6;
