@@ -46,7 +46,7 @@ def load(
         ServerError: No server answers at ``url``, or it has no such model.
     """
     from deploykit.tasks.opening import open_predictor
-    from deploykit.tasks.text_generation.predictor import open_generator
+    from deploykit.tasks.text_generation.draft_model import open_generator
 
     where: dict[str, Any] = {"url": url, "engine": engine, "precision": precision, "threads": threads}
     if draft_model is not None:

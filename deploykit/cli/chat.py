@@ -37,7 +37,7 @@ def command(
     **sampling: Any,
 ) -> Result:
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.text_generation.predictor import open_generator
+    from deploykit.tasks.text_generation.draft_model import open_generator
 
     generator = open_generator(model, draft_model, url=url, precision=precision, threads=threads)
     try:

@@ -47,8 +47,8 @@ def command(
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
     from deploykit.runtime.sampling import override
+    from deploykit.tasks.text_generation.draft_model import open_generator
     from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
-    from deploykit.tasks.text_generation.predictor import open_generator
 
     given = given_sampling(sampling)
     where: dict[str, Any] = {"precision": precision, "threads": threads, "url": url}

@@ -111,7 +111,8 @@ def package(
         file: export_dir / file for file in (*graphs.files, *task_of(export.task).tokenizer_files(list(export.files)))
     }
     if draft_model is not None:
-        from deploykit.tasks.text_generation.predictor import DRAFT_FILE, draft_file
+        from deploykit.tasks.text_generation.draft_model import draft_file
+        from deploykit.tasks.text_generation.predictor import DRAFT_FILE
 
         sources[DRAFT_FILE] = draft_file(export_dir, graphs.engine, draft_model)
         options["draft_model"] = load_manifest(draft_model, "export").digest

@@ -20,8 +20,9 @@ from deploykit.runtime.token_distribution import distribution
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.decoder import Query
 from deploykit.tasks.text_generation.draft import Cost, Pace, Record
+from deploykit.tasks.text_generation.draft_model import open_generator
 from deploykit.tasks.text_generation.generator import LocalGenerator
-from deploykit.tasks.text_generation.predictor import DRAFT_FILE, load_generator, open_generator
+from deploykit.tasks.text_generation.predictor import DRAFT_FILE, load_generator
 from deploykit.triton.repository import package
 
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")

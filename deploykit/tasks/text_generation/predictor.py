@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from deploykit.artifacts import MANIFEST, load_manifest
-from deploykit.errors import UsageError
-from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import load_language_model
-from deploykit.runtime.find_graphs import find_graphs
-from deploykit.tasks import opening
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import LocalGenerator, TextGenerator
+from deploykit.tasks.text_generation.generator import LocalGenerator
 
 DRAFT_FILE = "draft.safetensors"
 """Weights of the draft model in a packaged model."""
-_ENGINE = "native"
-"""The engine that takes guesses, and runs drafts."""
 
 
 def load_generator(
@@ -42,68 +34,3 @@ def load_generator(
         **{**limits, "max_rows": model.tokens_of_a_step},
     )  # fmt: skip
     return LocalGenerator(task, tokenizer, model, guessing)
-
-
-def open_generator(
-    target: str, draft_model: str | None, *, engine: str = "auto", precision: str = "auto", threads: int | None = None, **where: Any
-) -> TextGenerator:  # fmt: skip
-    """Open a language model as ``opening.open_generator`` does. ``draft_model``: the export of a smaller one, which guesses the
-    tokens of the export ``target``."""
-    if draft_model is None:
-        return opening.open_generator(target, engine=engine, precision=precision, threads=threads, **where)
-    path = Path(target)
-    if not (path / MANIFEST).exists() or (manifest := load_manifest(path)).kind == "checkpoint":
-        raise UsageError(
-            f"a draft model guesses for an export, and {target} is none",
-            "give an export; of a served model, give --draft-model to deploykit package",
-        )
-    graphs = find_graphs(path, manifest, engine=engine, precision=precision)
-    draft = draft_file(path, graphs.engine, Path(draft_model))
-    facts: Any = manifest.task
-    return load_generator(path, facts, graphs.engine, graphs.files[0], threads or available_cpus(), draft=draft)
-
-
-def draft_file(directory: Path, engine: str, draft: Path) -> Path:
-    """Return the weights of the export ``draft``, to guess tokens of the export in ``directory``, which ``engine`` runs.
-
-    Raises UsageError, naming the first difference, if their tokens are not the same, or the engine takes no guesses.
-    """
-    manifest = load_manifest(draft, "export")
-    target, small = load_manifest(directory, verify=False).task, manifest.task
-    for path, facts in ((directory, target), (draft, small)):
-        if not isinstance(facts, TextGeneration):
-            raise UsageError(f"a draft model is for language models, and {path} is none", "leave --draft-model out")
-    assert isinstance(target, TextGeneration)
-    assert isinstance(small, TextGeneration)
-    if engine != _ENGINE:
-        raise UsageError(
-            f"a draft model is for the engine {_ENGINE}, and {directory} would run on {engine}",
-            f"export it with --int8 or --int4 on a CPU that {_ENGINE} runs on, or leave --draft-model out",
-        )
-    difference = _difference(directory, target, draft, small)
-    if difference:
-        raise UsageError(
-            f"{draft} cannot guess for {directory}: {difference}",
-            "give the export of a smaller model with the same tokenizer, such as a student: finetune --teacher",
-        )
-    return draft / find_graphs(draft, manifest, engine=_ENGINE, precision="auto", to_run=False).files[0]
-
-
-def _difference(directory: Path, target: TextGeneration, draft: Path, small: TextGeneration) -> str:
-    """Return how the tokens of two models differ, or nothing."""
-    if target.vocabulary != small.vocabulary:
-        return f"it has {small.vocabulary:,} tokens, not {target.vocabulary:,}"
-    if set(target.eos_token_ids) != set(small.eos_token_ids):
-        return f"its answers end with {_listed(small.eos_token_ids)}, not {_listed(target.eos_token_ids)}"
-    ours, theirs = (
-        ChatTokenizer.load(path, task.special_tokens, task.eos_token_ids).tokenizer.get_vocab(with_added_tokens=True)
-        for path, task in ((directory, target), (draft, small))
-    )
-    for text, token in sorted(ours.items(), key=lambda item: int(item[1])):
-        if theirs.get(text) != token:
-            return f"token {token} is {text!r}, and there {text!r} is {theirs.get(text, 'no token')}"
-    return ""
-
-
-def _listed(ids: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sorted(ids)))
