@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.decoder import Query
-from deploykit.tasks.text_generation.draft import Cost, Pace, Record
+from deploykit.tasks.text_generation.draft import Record
 from deploykit.tasks.text_generation.draft_model import open_generator
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.predictor import DRAFT_FILE, load_generator
@@ -124,30 +123,6 @@ def test_sampled_tokens_have_the_targets_probabilities(exports: Path) -> None:
     freedom = len(cells) - 1
     assert freedom > 20
     assert chi_square < freedom + 3 * (2 * freedom) ** 0.5
-
-
-def test_guesses_rest_where_they_do_not_pay() -> None:
-    good, bad = Record(), Record()
-    lengths = []
-    for _ in range(100):
-        good.learn(4, 4)
-        lengths.append(bad.tokens(6, Cost()))
-        bad.learn(lengths[-1], 0)
-    assert good.tokens(6, Cost()) == 6
-    assert good.tokens(6, Cost(guess=1.0)) == 0, "a draft as slow as its target never pays"
-    tried = [place for place, length in enumerate(lengths) if length]
-    assert len(tried) < 20
-    assert max(b - a for a, b in itertools.pairwise(tried)) > 32, "it rests longer each time"
-
-
-def test_costs_are_medians_by_the_number_of_rows() -> None:
-    pace = Pace()
-    assert pace.cost(1) == Cost()
-    for what, seconds in (("guess", 1.0), ("check", 6.0), ("plain", 5.0)):
-        for took in (seconds, seconds, 100 * seconds):
-            pace.add(what, 1, took)
-    assert pace.cost(1) == Cost(0.2, 1.2)
-    assert pace.cost(2) == Cost()
 
 
 @pytest.mark.usefixtures("always")

@@ -33,7 +33,9 @@ _BEHIND = 32
 _SHARE = 0.7
 """Of guessed tokens that are right, before any is known."""
 _WEIGHT = 0.1
-"""Of a token in the share."""
+"""Of a token in the share of its answer."""
+_WEIGHT_OF_ALL = 0.02
+"""Of a token in the share of all answers, with which a new one begins."""
 _REST = 32
 """Tokens for which guesses rest where they do not pay; twice as many after each try."""
 _MEASURED = 15
@@ -55,8 +57,8 @@ class Cost(NamedTuple):
 class Record:
     """How well the guesses for one answer did. ``share``: of tokens that were right, where those before them were."""
 
-    def __init__(self) -> None:
-        self.share = _SHARE
+    def __init__(self, share: float = _SHARE) -> None:
+        self.share = share
         self._rest, self._rests = _REST, 0
 
     def learn(self, guessed: int, right: int) -> None:
@@ -115,6 +117,7 @@ class Draft:
         self._prefixes = Prefixes(model.prefix_tokens)
         self._rows: list[_Row] = []
         self._records: dict[Answer, Record] = {}
+        self._share = _SHARE
         self._reading: Answer | None = None  # its text is in the prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -134,7 +137,7 @@ class Draft:
             self._rows = [self._rows[number] for number in order]
 
     def _record(self, answer: Answer) -> Record:
-        return self._records.setdefault(answer, Record())
+        return self._records.setdefault(answer, Record(self._share))
 
     def guess(self, rooms: Mapping[Answer, int], left: int, rows: int) -> dict[Answer, list[int]]:
         """Return guesses for answers, each of no more tokens than it has room for, and of no more than ``left`` together.
@@ -159,6 +162,7 @@ class Draft:
     def learn(self, answer: Answer, guessed: int, right: int) -> None:
         """Take note of how many of the guessed tokens were right."""
         self._record(answer).learn(guessed, right)
+        self._share += _WEIGHT_OF_ALL * (right - min(right + 1, guessed) * self._share)
         row = next(row for row in self._rows if row.answer is answer)
         row.held += min(right, row.guessed)
         row.guessed -= min(right, row.guessed)
