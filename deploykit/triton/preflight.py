@@ -77,13 +77,15 @@ def find_triton() -> EmbeddedTriton:
             f"use Python 3.10 to 3.12, or {CONTAINER}",
         )
     folders = [str(package.parent / "nvidia_pytriton.libs"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    missing = missing_libraries(stub, folders)
     libpython = f"libpython{python}.so.1.0"
-    own = sysconfig.get_config_var("LIBDIR")
-    if libpython in missing and own and (Path(own) / libpython).is_file():
-        folders.append(own)
-        missing = missing_libraries(stub, folders)
-    missing |= missing_libraries(triton / "bin" / "tritonserver", folders)
+    own = Path(sysconfig.get_config_var("LIBDIR") or "", libpython)
+    linked = linked_libraries(stub, folders)
+    # The system may have the same version with another patch number, which cannot load this Python's extension modules.
+    if own.is_file() and own.resolve() != linked.get(libpython):
+        folders.insert(1, str(own.parent))
+        linked = linked_libraries(stub, folders)
+    linked |= linked_libraries(triton / "bin" / "tritonserver", folders)
+    missing = sorted(name for name, path in linked.items() if path is None)
     if libpython in missing:
         raise MissingDependencyError(
             f"{libpython}, which the server's Python processes need, is not installed",
@@ -91,7 +93,7 @@ def find_triton() -> EmbeddedTriton:
         )
     if missing:
         raise MissingDependencyError(
-            f"the embedded Triton needs shared libraries that are not installed: {', '.join(sorted(missing))}",
+            f"the embedded Triton needs shared libraries that are not installed: {', '.join(missing)}",
             f"install the system packages that contain them, or {CONTAINER}",
         )
     return EmbeddedTriton(
@@ -99,18 +101,18 @@ def find_triton() -> EmbeddedTriton:
     )
 
 
-def missing_libraries(binary: Path, folders: Sequence[str]) -> set[str]:
-    """Return the shared libraries that the dynamic linker does not find for ``binary``, given LD_LIBRARY_PATH
-    ``folders``.
-    """
+def linked_libraries(binary: Path, folders: Sequence[str]) -> dict[str, Path | None]:
+    """Return the files that the dynamic linker takes for the shared libraries of ``binary``, with LD_LIBRARY_PATH ``folders``;
+    None for a library that it does not find."""
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "LC_ALL": "C"}
     try:
         answer = subprocess.run(
             ["ldd", str(binary)], env=environment, capture_output=True, text=True, timeout=30, check=False
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return set()  # without ldd, the start's timeout reports the failure
-    return set(re.findall(r"^\s*(\S+) => not found", answer.stdout, re.MULTILINE))
+        return {}  # without ldd, the start's timeout reports the failure
+    found = re.findall(r"^\s*(\S+) => (not found|/.*(?= \())", answer.stdout, re.MULTILINE)
+    return {name: None if path == "not found" else Path(path).resolve() for name, path in found}
 
 
 def resolve(host: str) -> str:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -535,17 +536,31 @@ def test_a_missing_piece_is_named_with_its_remedy(
         monkeypatch.setattr(preflight.sys, "version_info", type("Version", (), {"major": 9, "minor": 9}))
     else:
         missing = {libpython if fake == "libpython" else "libz.so.1"}
-        monkeypatch.setattr(preflight, "missing_libraries", lambda binary, folders: set(missing))
+        monkeypatch.setattr(preflight, "linked_libraries", lambda binary, folders: dict.fromkeys(missing))
         monkeypatch.setattr(preflight.sysconfig, "get_config_var", lambda name: None)
     with pytest.raises(MissingDependencyError, match=message) as caught:
         start(own_repository).start()
     assert remedy in (caught.value.remedy or "")
 
 
-def test_missing_libraries_are_found_by_the_dynamic_linker() -> None:
+def test_libraries_are_those_of_the_dynamic_linker() -> None:
     triton = preflight.find_triton()
-    assert preflight.missing_libraries(triton.stub, triton.library_path.split(":")) == set()
-    assert preflight.missing_libraries(Path("/bin/sh"), []) == set()
+    linked = preflight.linked_libraries(triton.stub, triton.library_path.split(":"))
+    assert None not in linked.values()
+    libpython = f"libpython3.{sys.version_info.minor}.so.1.0"
+    own = Path(sysconfig.get_config_var("LIBDIR"), libpython)
+    assert not own.is_file() or linked[libpython] == own.resolve()
+    assert None not in preflight.linked_libraries(Path("/bin/sh"), []).values()
+
+
+def test_the_stub_takes_the_library_of_the_python_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's may have the same name and another patch number."""
+    libpython = f"libpython3.{sys.version_info.minor}.so.1.0"
+    found = preflight.linked_libraries(preflight.find_triton().stub, preflight.find_triton().library_path.split(":"))
+    shutil.copy(str(found[libpython]), tmp_path / libpython)
+    monkeypatch.setattr(preflight.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    triton = preflight.find_triton()
+    assert preflight.linked_libraries(triton.stub, triton.library_path.split(":"))[libpython] == tmp_path / libpython
 
 
 def test_the_backend_needs_neither_torch_nor_transformers() -> None:
