@@ -32,6 +32,8 @@ from deploykit.openai.limits import Keys, Limits
 from deploykit.openai.metrics import PortMetrics
 from deploykit.openai.predictors import Predictors, TextsBody
 from deploykit.openai.read_body import Body, read_body
+from deploykit.openai.response_request import ResponseBody, own_names
+from deploykit.openai.responses import response, response_events
 from deploykit.openai.sampling_fields import MOST_TOKENS
 from deploykit.openai.triton_routes import TritonRoutes
 from deploykit.tasks.protocol import Predictor, Task, TaskFacts
@@ -148,6 +150,17 @@ def create_app(
             return await event_stream(request, _with_errors(call, completion_events(body, prompts)))
         return json_response(await while_connected(request.receive, completion(body, prompts)))
 
+    @app.post(_RESPONSES)
+    async def respond(request: Request) -> Response:
+        body = await read_body(request, ResponseBody)
+        call = call_of(request)
+        require(call, body.model, _RESPONSES, "generate text")
+        with own_names():
+            [pieces] = ask(call, [body.chat.asked()], 1, "input")
+        if body.stream:
+            return await event_stream(request, _with_errors(call, response_events(body, pieces)))
+        return json_response(await while_connected(request.receive, response(body, pieces)))
+
     def answers(task: Task, route: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             body = await read_body(request, TextsBody)
@@ -159,13 +172,13 @@ def create_app(
 
         return answer
 
-    bodies: dict[str, type[Body]] = {_CHAT: ChatBody, _COMPLETIONS: CompletionBody}
+    bodies: dict[str, type[Body]] = {_CHAT: ChatBody, _COMPLETIONS: CompletionBody, _RESPONSES: ResponseBody}
     for task in map(get_task, task_names()):
         if not _generates(task):
             for route in _routes(task):
                 app.add_api_route(route, answers(task, route), methods=["POST"])
                 bodies[route] = TextsBody
-    document = openapi_document(installed_versions()["deploykit"], bodies, (_CHAT, _COMPLETIONS))
+    document = openapi_document(installed_versions()["deploykit"], bodies, _GENERATING)
 
     @app.get("/openapi.json")
     async def show_document() -> Response:
@@ -174,7 +187,7 @@ def create_app(
     return app
 
 
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_CHAT, _COMPLETIONS, _RESPONSES = _GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def _generates(task: Task) -> bool:
@@ -183,7 +196,7 @@ def _generates(task: Task) -> bool:
 
 def _routes(task: Task) -> tuple[str, ...]:
     """Return the routes of a task: /v1/classify for one whose verb is "classify"."""
-    return (_CHAT, _COMPLETIONS) if _generates(task) else (f"/v1/{task.verb.split()[0]}",)
+    return _GENERATING if _generates(task) else (f"/v1/{task.verb.split()[0]}",)
 
 
 def _limited(asked: Asked, limits: Limits, facts: TaskFacts) -> Asked:

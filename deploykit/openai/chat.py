@@ -9,7 +9,7 @@ from typing import Any
 from deploykit.openai.answers import DONE, Pieces, Usage, collect, event, head
 from deploykit.openai.chat_request import ChatBody
 from deploykit.openai.logprobs import chat_logprobs
-from deploykit.openai.tool_calls import ToolCall, ToolCallParser
+from deploykit.openai.tool_calls import ToolCall, ToolCallParser, parts_of
 
 
 async def chat_completion(body: ChatBody, pieces: Pieces) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class _Choice:
     def __init__(self, body: ChatBody, index: int) -> None:
         self.index = index
         self._logprobs = body.logprobs
-        self._parser = _parser(body)
+        self._parser = tool_call_parser(body)
         self._most_calls = None if body.parallel_tool_calls else 1
         self._calls = 0
         self._begun = self._ended = False
@@ -73,7 +73,7 @@ class _Choice:
         if self._ended:
             return
         tokens = list(logprobs)
-        for part in self._parts(text, ended=bool(finish)):
+        for part in parts_of(self._parser, text, ended=bool(finish)):
             if isinstance(part, ToolCall):
                 if self._calls != self._most_calls:
                     yield self._chunk({"tool_calls": [{"index": self._calls, **part.to_json()}]})
@@ -87,31 +87,21 @@ class _Choice:
             self._ended = True
             yield self._chunk({}, finish=_finish(finish, called=self._calls > 0))
 
-    def _parts(self, text: str, *, ended: bool) -> Iterator[str | ToolCall]:
-        if self._parser is None:
-            yield text
-            return
-        yield from self._parser.feed(text)
-        if ended:
-            yield from self._parser.finish()
-
     def _chunk(self, delta: dict[str, Any], tokens: Iterable[Any] = (), finish: str | None = None) -> dict[str, Any]:
         some = list(tokens)
         logprobs = chat_logprobs(some) if self._logprobs and some else None
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _parser(body: ChatBody) -> ToolCallParser | None:
+def tool_call_parser(body: ChatBody) -> ToolCallParser | None:
+    """Return a parser for calls of the request's tools, or None without tools."""
     functions = {tool.function.name for tool in body.offered_tools}
     return ToolCallParser(functions) if functions else None
 
 
 def _split(body: ChatBody, text: str) -> tuple[str | None, list[ToolCall]]:
     """Return the text of an answer without its tool calls (None: the answer is only a call), and the calls."""
-    parser = _parser(body)
-    if parser is None:
-        return text, []
-    parts = [*parser.feed(text), *parser.finish()]
+    parts = list(parts_of(tool_call_parser(body), text, ended=True))
     calls = [part for part in parts if isinstance(part, ToolCall)]
     rest = "".join(part for part in parts if isinstance(part, str))
     return (rest or None) if calls else rest, calls if body.parallel_tool_calls else calls[:1]

@@ -6,9 +6,9 @@ Source: OpenAI API reference, "Create chat completion".
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from deploykit.openai.generator import Asked
@@ -18,23 +18,25 @@ from deploykit.openai.structured import tool_call_schema
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+
+
+def _json_object(value: str) -> str:
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("the value should be a JSON object in a string")
+    return value
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Arguments = Annotated[str, AfterValidator(_json_object)]
 
 
 class CalledFunction(Body):
-    name: str = Field(pattern=_NAME)
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _object(cls, value: str) -> str:
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError("the value should be a JSON object in a string")
-        return value
+    name: FunctionName
+    arguments: Arguments
 
 
 class CalledTool(Body):
@@ -93,7 +95,7 @@ class Message(Body):
 
 
 class Function(Body):
-    name: str = Field(pattern=_NAME)
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: bool | None = None

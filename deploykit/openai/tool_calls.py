@@ -103,6 +103,17 @@ class ToolCallParser:
         return ToolCall(item["name"], json.dumps(arguments, ensure_ascii=False))
 
 
+def parts_of(parser: ToolCallParser | None, text: str, *, ended: bool) -> Iterator[str | ToolCall]:
+    """Yield the parts that are final after ``text``, the next piece of an answer; ``ended``: it is the last one. Without a
+    parser the text is the only part."""
+    if parser is None:
+        yield text
+        return
+    yield from parser.feed(text)
+    if ended:
+        yield from parser.finish()
+
+
 def _certain(text: str) -> int:
     """Return how many characters of ``text`` cannot belong to an opening tag or to the white space before one."""
     tag = next((n for n in range(min(len(_OPEN) - 1, len(text)), 0, -1) if text.endswith(_OPEN[:n])), 0)

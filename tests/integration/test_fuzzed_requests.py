@@ -52,6 +52,10 @@ PORT_BODIES: dict[str, dict[str, Any]] = {
         "temperature": 0, "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 3,
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}}},
     "/v1/chat/completions tools": {"model": "lm", "messages": DIALOG, "temperature": 0, "max_tokens": 3, "tools": [TOOL], "tool_choice": "auto"},
+    "/v1/responses": {
+        "model": "lm", "instructions": "be short", "input": [*DIALOG, {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a"}]}], "max_output_tokens": 3, "temperature": 0,
+        "top_logprobs": 2, "include": ["message.output_text.logprobs"], "text": {"format": {"type": "text"}}, "stream": True},
     "/v1/completions": {"model": "lm", "prompt": ["list", "the file"], "echo": True, "logprobs": 1, "best_of": 2, **SAMPLING},
     "/v1/classify": {"model": "tiny", "input": ["w1 w2", "w3"]},
     "/v1/translate": {"model": "fr", "input": ["Save the file."]},
