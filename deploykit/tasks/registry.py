@@ -116,7 +116,15 @@ def _auto_model(architecture: str) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: is not a JSON object", "copy the file again")
+    return value
 
 
 def task_to_json(facts: TaskFacts) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
         raise ArtifactError(
             f"{model}: its tokenizer has no fast version, which serving needs", "convert it to a tokenizer.json"
         )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ArtifactError(
+            f"{model}: its model_max_length is {tokenizer.model_max_length!r}, which is not a number",
+            "correct it in tokenizer_config.json",
+        )
     if getattr(tokenizer, "split_special_tokens", False):
         raise ArtifactError(
             f"{model}: its tokenizer reads special tokens in texts as plain text (split_special_tokens), which is not served",

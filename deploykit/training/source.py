@@ -74,14 +74,15 @@ def check_source(model: str, task: str | None = None) -> None:
 
 def refuse_adapter(model: Path) -> None:
     """Raise UsageError for the folder of a LoRA adapter. Only deploykit's manifest says what the adapter's head answers."""
-    if (model / ADAPTER).is_file() and not (model / "config.json").is_file():
+    if (model / ADAPTER).is_file():
         try:
             base = json.loads((model / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError):
             base = "an unknown base"
         raise UsageError(
             f"{model}: is an adapter of {base}, not a whole checkpoint",
-            "merge it first: PeftModel.merge_and_unload, then save_pretrained of the model and the tokenizer; or train its base",
+            "merge it first: PeftModel.merge_and_unload, then save_pretrained of the model and the tokenizer; or train its base"
+            + ("; if its weights are merged, remove adapter_config.json" if (model / "config.json").is_file() else ""),
         )
 
 

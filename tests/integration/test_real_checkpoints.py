@@ -276,3 +276,27 @@ def test_a_token_without_an_embedding_is_named_before_training_and_export(
         code, out = run(*command)
         assert code == 1
         assert "gives 'extra' the id 204, and the model has embeddings for ids below 204; 1 more" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"{", "config.json: is not a JSON object"),
+        ("config.json", b"[]", "config.json: is not a JSON object"),
+        ("config.json", b'{"model_type": "\xe9"}', "config.json: is not a JSON object"),
+        ("tokenizer_config.json", {"model_max_length": "32"}, "model_max_length is '32', which is not a number"),
+        ("tokenizer_config.json", {"model_max_length": 2}, "reads 2 tokens, and 2 of a text are special ones"),
+        ("adapter_config.json", b'{"base_model_name_or_path": "org/base"}', "if its weights are merged, remove adapter_config"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_right_are_refused_by_name(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path, name: str, content: bytes | dict[str, Any], says: str
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    if isinstance(content, dict):
+        edit(folder / name, **content)
+    else:
+        (folder / name).write_bytes(content)
+    code, out = run("predict", folder, "w1 w2")
+    assert code in (1, 2)
+    assert says in out

@@ -66,9 +66,15 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
     pair = len(text_columns) == 2
     if pair:
         check_separates(tokenizer, str(path))
+    max_length = max_tokens(tokenizer, config)
+    if max_length <= (special := tokenizer.num_special_tokens_to_add(pair=pair)):
+        raise ArtifactError(
+            f"{path}: it reads {max_length} tokens, and {special} of a text are special ones: no text has room",
+            "correct model_max_length in tokenizer_config.json",
+        )
     return Classification(
         labels=labels,
-        max_length=max_tokens(tokenizer, config),
+        max_length=max_length,
         pad_token_id=pad_token_id_of(tokenizer, config),
         multi_label=config.problem_type == "multi_label_classification",
         regression=regression,
