@@ -104,8 +104,8 @@ def _examples(model: Any, count: int) -> tuple[torch.Tensor, ...]:
     """Return token ids and ``count`` - 1 other inputs."""
     input_ids = torch.ones(2, 16, dtype=torch.long)
     others = (torch.ones_like(input_ids),) * (count - 1)
-    if isinstance(end := getattr(model.config, "eos_token_id", None), int):
-        input_ids[:, -1] = end  # BART's head reads the last end token
+    if model.config.is_encoder_decoder:
+        input_ids[:, -1] = model.config.eos_token_id  # BART's head reads the last end token
     return input_ids, *others
 
 

@@ -278,6 +278,16 @@ def test_a_token_without_an_embedding_is_named_before_training_and_export(
         assert "gives 'extra' the id 204, and the model has embeddings for ids below 204; 1 more" in out
 
 
+def test_an_end_token_that_the_model_does_not_read_may_be_beyond_its_vocabulary(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    """A ModernBERT with a vocabulary of its own keeps its config's 50282."""
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "config.json", eos_token_id=50282)
+    code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
+    assert code == 0, out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
