@@ -16,12 +16,12 @@ import weakref
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import EngineError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
 
 LIBRARY = "libcuda.so.1"
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -167,6 +167,8 @@ class Buffer(DeviceMemory):
 
     def view(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return the host memory as an array. It is valid as long as the buffer is."""
+        import numpy as np  # here: `serve` needs no arrays, and importing it takes a third of its start
+
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert size <= self.size
         memory = memoryview((ctypes.c_char * size).from_address(self._host)).cast("B")

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from deploykit.artifacts import Manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.engines import ENGINES, EngineInfo, check_engine, check_name, installed_engines
-from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.tensorrt import record_path, runs_here
 from deploykit.runtime.tuned_settings import read_tuned
 from deploykit.tasks.protocol import GraphKind
 
 if TYPE_CHECKING:
-    pass
-
+    from deploykit.runtime.engines.protocol import Precision
 
 _BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32", "int4")
 

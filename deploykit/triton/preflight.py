@@ -104,13 +104,12 @@ def find_triton() -> EmbeddedTriton:
 def linked_libraries(binary: Path, folders: Sequence[str]) -> dict[str, Path | None]:
     """Return the files that the dynamic linker takes for the shared libraries of ``binary``, with LD_LIBRARY_PATH ``folders``;
     None for a library that it does not find."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "LC_ALL": "C"}
+    # What ldd does, without its shell and four more processes.
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "LC_ALL": "C", "LD_TRACE_LOADED_OBJECTS": "1"}
     try:
-        answer = subprocess.run(
-            ["ldd", str(binary)], env=environment, capture_output=True, text=True, timeout=30, check=False
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return {}  # without ldd, the start's timeout reports the failure
+        answer = subprocess.run([str(binary)], env=environment, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}  # the start's timeout reports the failure
     found = re.findall(r"^\s*(\S+) => (not found|/.*(?= \())", answer.stdout, re.MULTILINE)
     return {name: None if path == "not found" else Path(path).resolve() for name, path in found}
 

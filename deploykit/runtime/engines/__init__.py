@@ -16,10 +16,10 @@ from deploykit.errors import EngineError, MissingDependencyError, UsageError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.cuda import has_gpu
 from deploykit.runtime.engines.native.loader import lacks as native_lacks
-from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
 
 if TYPE_CHECKING:
     from deploykit.runtime.engines.causal_lm import CausalLm
+    from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
 
 
 @dataclass(frozen=True)

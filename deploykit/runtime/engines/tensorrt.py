@@ -22,12 +22,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, MutableSequence, Reversible, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import CorruptArtifactError, DeploykitError, EngineError, MissingDependencyError
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Gpu, Graph, Stream
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BINDINGS: Mapping[str, str] = {"tensorrt": "tensorrt", "trtexec": "tensorrt", "rtx": "tensorrt_rtx"}
 """Builder -> the Python module that runs its engines."""
@@ -243,6 +244,8 @@ class LoadedEngine:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Return the type of a tensor. Raises TypeError if numpy has no such type."""
+        import numpy as np
+
         return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
 
     def itemsize(self, name: str) -> int:

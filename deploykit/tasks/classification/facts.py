@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import GraphKind
 from deploykit.text import MAX_TEXT_CHARS, normalize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LABEL_SEPARATOR = "|"
 """Between the labels of one row of a multi-label model, in data files and in answers."""
@@ -101,6 +102,8 @@ class Classification:
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities, float32 [rows, labels], of logits of that shape; of a regression, the numbers themselves."""
+        import numpy as np
+
         if self.regression:
             return np.asarray(logits, np.float32)
         exact = logits.astype(np.float64) / self.temperature
@@ -127,6 +130,8 @@ class Classification:
 
         Raises KeyError for a label that the model does not have, ValueError for a label that is not a number.
         """
+        import numpy as np
+
         if self.regression:
             return np.array([[float(label)] for label in labels], np.float32)
         index = {label: i for i, label in enumerate(self.labels)}
