@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, MissingDependencyError, first_line
 from deploykit.tasks.registry import DEFAULT, get_task
-from deploykit.training.source import ADAPTER, check_family, check_source
+from deploykit.training.source import ADAPTER, check_family, check_source, read_json
 from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
 
 _DEFAULT_MAX_LENGTH = 512
@@ -198,13 +198,15 @@ def check_vocabulary(model: Any, tokenizer: Any, origin: str, *, but: str | None
 
 
 def not_loadable(model: str, error: Exception) -> ArtifactError:
-    """Return an error with a remedy for one that transformers raised over ``model``."""
+    """Return an error with a remedy for one that transformers raised over ``model``. Raises ArtifactError for a damaged file."""
     reason = first_line(error)
     if not Path(model).exists():
         return ArtifactError(
             f"{model}: is not a local folder, and could not be fetched from the hub: {reason}",
             "check the name and the network, or give the folder of a checkpoint",
         )
+    for path in sorted(Path(model).glob("*.json")):
+        read_json(path)
     return ArtifactError(f"{model}: cannot be loaded: {reason}", "check that the checkpoint is whole")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.data.open_text import is_git_lfs_pointer
@@ -97,11 +98,21 @@ def _check_gguf(path: Path, task: str | None) -> None:
 def _family(path: Path) -> str:
     """Return the model type that a folder's config.json names; empty when there is none."""
     try:
-        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return str(read_json(path / "config.json")["model_type"])
     except FileNotFoundError:
         return ""
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path / 'config.json'}: names no model type", "copy the checkpoint again") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds. Raises ArtifactError if that is no JSON, such as half a download."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: is damaged, or not all of it is there: {error}", "copy the checkpoint again"
+        ) from error
 
 
 def check_family(model: str, family: str, task: str) -> None:
