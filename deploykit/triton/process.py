@@ -33,6 +33,9 @@ if guard:
 os.execv(command[0], command)
 """
 _STOPPED_S = 1.0
+_IDLE_S = 10.0
+_IDLE_CPU_S = 0.05
+"""A replaced stub that computes less in ``_IDLE_S`` has nothing left to answer."""
 REFUSALS = (ServerError, OSError, http.client.HTTPException)
 """Errors of calls to a Triton that does not answer, or that refuses the call."""
 
@@ -63,6 +66,7 @@ class TritonProcess:
         self.stubs: list[tuple[psutil.Process, str]] = []
         """The stubs that should be alive, each with its model."""
         self._stopped_at: dict[psutil.Process, float] = {}
+        self._replaced: dict[psutil.Process, tuple[float, float]] = {}  # CPU seconds that it had used at a time
         self._launch = launch
         self._popen = subprocess.Popen(
             [sys.executable, "-IS", "-c", _EXEC_BOUND, launch.guard, *launch.command],
@@ -99,7 +103,7 @@ class TritonProcess:
         raise self._start_failure(f"Triton was not ready within {timeout:g} s")
 
     def find_stubs(self) -> list[tuple[psutil.Process, str]]:
-        """Return the living stubs, each with the model that it runs."""
+        """Return the living stubs that were not replaced, each with the model that it runs."""
         import psutil
 
         found = []
@@ -107,7 +111,8 @@ class TritonProcess:
             with contextlib.suppress(psutil.Error):
                 command = stub.cmdline()
                 # triton_python_backend_stub REPOSITORY/MODEL/VERSION/model.py ...
-                if len(command) > 1 and command[0].endswith("triton_python_backend_stub") and alive(stub):
+                is_stub = len(command) > 1 and command[0].endswith("triton_python_backend_stub")
+                if is_stub and alive(stub) and stub not in self._replaced:
                     found.append((stub, Path(command[1]).parent.parent.name))
         return found
 
@@ -120,6 +125,25 @@ class TritonProcess:
         self._stopped_at = {stub: self._stopped_at.get(stub, now) for stub in stopped}
         for stub, since in self._stopped_at.items():
             if now - since >= _STOPPED_S:
+                with contextlib.suppress(psutil.Error):
+                    stub.kill()
+
+    def replace(self, model: str) -> None:
+        """Expect other stubs of ``model``, which is loaded again. Those that it has end with their last request."""
+        now = time.monotonic()
+        self._replaced |= {stub: (_cpu_seconds(stub), now) for stub, name in self.stubs if name == model}
+        self.stubs = [(stub, name) for stub, name in self.stubs if name != model]
+
+    def kill_replaced(self) -> None:
+        """Kill the replaced stubs that have been idle or stopped for 10 s: Triton 2.51 does not end them all."""
+        import psutil
+
+        now = time.monotonic()
+        self._replaced = {stub: used for stub, used in self._replaced.items() if alive(stub)}
+        for stub, (seconds, since) in self._replaced.items():
+            if (used := _cpu_seconds(stub)) - seconds >= _IDLE_CPU_S:
+                self._replaced[stub] = used, now
+            elif now - since >= _IDLE_S:
                 with contextlib.suppress(psutil.Error):
                     stub.kill()
 

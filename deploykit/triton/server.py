@@ -215,6 +215,7 @@ class TritonServer:
         """
         triton = self._running()
         triton.kill_stopped()
+        triton.kill_replaced()
         lost = sorted({model for stub, model in triton.stubs if not alive(stub)} | self._retry_at.keys())
         if owing := self._answering_later.intersection(lost):
             log.warning("model %s: its process died while requests waited for it; restarting Triton", min(owing))
@@ -225,9 +226,7 @@ class TritonServer:
             if time.monotonic() < self._retry_at.get(model, 0.0):
                 continue
             log.warning("model %s: its process died; loading it again", model)
-            # Those of its processes that live end with their last request: that they do is no reason to load it again.
-            leaving = {stub for stub, name in triton.stubs if name == model}
-            triton.stubs = [(stub, name) for stub, name in triton.stubs if name != model]
+            triton.replace(model)
             try:
                 triton.control(model, "unload", timeout=self._ready_timeout)
                 triton.control(model, "load", timeout=self._ready_timeout)
@@ -236,9 +235,7 @@ class TritonServer:
                 self._retry_at[model] = time.monotonic() + _RETRY_LOAD_S
                 continue
             self._retry_at.pop(model, None)
-            triton.stubs += [
-                (stub, name) for stub, name in triton.find_stubs() if name == model and stub not in leaving
-            ]
+            triton.stubs += [(stub, name) for stub, name in triton.find_stubs() if name == model]
             log.warning("model %s: ready again", model)
             healed.append(model)
         return healed

@@ -174,6 +174,21 @@ def test_no_request_is_answered_wrong_or_500_while_model_processes_are_killed(fr
     assert all(outputs(answer) == expected for status, answer in answers if status == 200)
 
 
+def test_a_process_of_a_replaced_model_that_does_not_end_is_killed(fresh: Supervised) -> None:
+    """Stopped while it answers, it would keep its memory, and its clients would wait, for ever."""
+    server = fresh.server
+    with ThreadPoolExecutor(8) as pool:
+        killed, stopped = family(server)[1:]
+        asked = [pool.submit(post, server, body(LONG)) for _ in range(8)]
+        time.sleep(0.5)
+        stopped.send_signal(signal.SIGSTOP)
+        killed.kill()
+        assert wait_until(lambda: gone(stopped), 60)
+        assert {answer.result()[0] for answer in asked} <= {200, 503}
+    assert wait_until(lambda: len([one for one in family(server) if not gone(one)]) == 3, 20)
+    assert post(server, body(["w1"]))[0] == 200
+
+
 def test_serve_writes_the_new_process_to_the_ready_file(repository: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
