@@ -47,6 +47,7 @@ _OWNER = "owner"
 """Suffix of the file in ``_SHM`` that a server has locked while its regions there are in use."""
 _FOLDER = "deploykit-serve-"
 """Prefix of the name of the folder in which Triton runs. A server has it locked."""
+_TEMPORARY_REMEDY = "free some of the disk, or set TMPDIR to a folder on another one"
 _RETRY_LOAD_S = 5.0
 _MAX_PAUSE_S = 30.0
 _STABLE_S = 60.0
@@ -276,7 +277,10 @@ class TritonServer:
     def _prepare(self, triton: EmbeddedTriton) -> None:
         """Create the folder that Triton runs in, and its command line."""
         # The stub's Python has no locale, so paths given to it must be ASCII; the repository's may not be.
-        temporary = Path(tempfile.gettempdir() if tempfile.gettempdir().isascii() else "/tmp")
+        try:
+            temporary = Path(tempfile.gettempdir() if tempfile.gettempdir().isascii() else "/tmp")
+        except FileNotFoundError:
+            raise ServerError("no folder for temporary files can be written", _TEMPORARY_REMEDY) from None
         _remove_abandoned(temporary)
         self._owner = open(_SHM / f"{self._shm_prefix}{_OWNER}", "wb")  # noqa: SIM115 (open while it runs)
         lock(self._owner.fileno(), wait=False)
@@ -291,7 +295,12 @@ class TritonServer:
         else:
             self.notes.append(_NO_GUARD)
         backends = self._folder / "backends"
-        assemble_backends(backends, triton.python_backend, triton.stub, added_packages())
+        try:
+            assemble_backends(backends, triton.python_backend, triton.stub, added_packages())
+        except shutil.Error as error:  # of several files
+            raise ServerError(
+                f"{backends}: cannot be written: {error.args[0][0][2].split(': ')[0]}", _TEMPORARY_REMEDY
+            ) from error
         try:
             self._output = open(self._log_file or self._folder / "triton.log", "w+b")  # noqa: SIM115 (open while it runs)
         except OSError as error:

@@ -72,3 +72,20 @@ def test_the_earlier_answers_stay_and_the_next_run_goes_on(tiny_export: Path, ro
     done = run(*words, "--force", room=10**7)
     assert done.returncode == 0, done.stderr
     assert len(out.read_text().splitlines()) == 601
+
+
+@pytest.mark.parametrize("room", [0, 20_000, 200_000], ids=["nothing", "guard", "backend"])
+def test_serve_that_cannot_write_its_temporary_files_says_so(
+    room: int, tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, temporary = tmp_path / "models", tmp_path / "temporary"
+    temporary.mkdir()
+    assert run("package", tiny_export, "--name", "tiny", "--model-repository", models, room=10**7).returncode == 0
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", 0)]
+    failed = run("serve", "--model-repository", models, *ports, room=room)
+    assert failed.returncode == 1, failed.stderr
+    assert "written" in failed.stderr
+    assert "remedy: " in failed.stderr
+    assert "--debug" not in failed.stderr
+    assert not list(temporary.glob("deploykit-*"))
