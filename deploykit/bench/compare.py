@@ -7,13 +7,17 @@ affects all rounds of one run alike: repeat measurements that matter. With fewer
 is "too few rounds".
 
 For a search of the highest rate within a p99 limit, only throughput is compared. Memory and accuracy have one value per
-record: they differ when they are more than 5%, or 0.5 points, apart.
+record: they differ when they are more than 5%, or 0.5 points, apart. An accuracy whose 95 % interval over rows is known
+in both records must also differ by more than both intervals allow, taken as independent; that is strict, because the same
+rows vary alike: ``evaluate --baseline``, which has the rows, finds smaller differences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from math import hypot
 from typing import Any
 
 from deploykit.errors import ArtifactError
@@ -29,6 +33,7 @@ LEAST_POINTS = 0.5
 LEAST_ROUNDS = 3
 NO_DIFFERENCE = "no difference"
 TOO_FEW = "too few rounds"
+WITHIN_NOISE = "within noise"
 
 _MACHINE = {
     "cpu": "CPU",
@@ -44,7 +49,7 @@ _MACHINE = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, min and max over the rounds; all equal for a figure with one value."""
+    """Median, min and max over the rounds; of an accuracy the value and its interval; all equal for a figure with one value."""
 
     median: float
     min: float
@@ -63,7 +68,7 @@ class Change:
 
     ``part`` is the suite's workload, "" for ``deploykit bench``. ``ratio`` is new median / old median, None if the old
     one is 0. ``verdict`` is "faster" or "slower" for throughput and latency, "less" or "more" for memory, "higher" or
-    "lower" for accuracy, or "no difference", or "too few rounds" with fewer than 3.
+    "lower" for accuracy, or "no difference", or "too few rounds" with fewer than 3, or "within noise" for an accuracy.
     """
 
     part: str
@@ -165,16 +170,32 @@ def _run_changes(part: str, before: Record, after: Record) -> Iterator[Change]:
             name = next(iter(shown_metrics(before["metrics"], name)))
         points = before["metrics"][name], after["metrics"][name]
         bound = LEAST_POINTS / abs(points_of(name))
-        yield _single(part, before["name"], (title_of(name), ""), points, bound, ("lower", "higher"))
+        ends = [
+            side["metrics"].get("intervals", {}).get(name, (value, value))
+            for side, value in zip((before, after), points)
+        ]
+        yield _single(part, before["name"], (title_of(name), ""), points, bound, ("lower", "higher"), ends)
 
 
 def _single(
-    part: str, name: str, figure: tuple[str, str], values: tuple[float, float], bound: float, words: tuple[str, str]
+    part: str,
+    name: str,
+    figure: tuple[str, str],
+    values: tuple[float, float],
+    bound: float,
+    words: tuple[str, str],
+    ends: Sequence[tuple[float, float]] = (),
 ) -> Change:
-    """Compare a figure with one value per record. ``words`` are the verdicts for a smaller and a larger new value."""
-    old, new = (Spread(value, value, value) for value in values)
+    """Compare a figure with one value per record. ``words`` are the verdicts for a smaller and a larger new value, ``ends``
+    the intervals of the values."""
+    old, new = (Spread(value, *(end or (value, value))) for value, end in zip_longest(values, ends))
     change = new.median - old.median
+    facing = (
+        (old.max - old.median, new.median - new.min) if change > 0 else (old.median - old.min, new.max - new.median)
+    )
     verdict = NO_DIFFERENCE if abs(change) <= bound else words[change > 0]
+    if verdict != NO_DIFFERENCE and abs(change) <= hypot(*facing):
+        verdict = WITHIN_NOISE
     return Change(part, name, None, *figure, old, new, _ratio(old, new), verdict)
 
 

@@ -90,6 +90,7 @@ def test_two_rounds_are_too_few_for_a_verdict(measured: Record) -> None:
 def test_memory_and_accuracy_have_their_own_bounds(measured: Record) -> None:
     new = copy.deepcopy(measured)
     new["candidates"][0]["peak_memory_mb"] = 94.0
+    del new["candidates"][0]["metrics"]["intervals"]
     new["candidates"][0]["metrics"]["macro_f1"] = 0.994
     assert verdicts(measured, new) | {"throughput": "", "p50": "", "p99": ""} == {
         "throughput": "", "p50": "", "p99": "", "memory": "less", "macro-F1": "lower"
@@ -97,6 +98,19 @@ def test_memory_and_accuracy_have_their_own_bounds(measured: Record) -> None:
     new["candidates"][0]["peak_memory_mb"] = 104.0
     new["candidates"][0]["metrics"]["macro_f1"] = 0.996
     assert {verdicts(measured, new)[figure] for figure in ("memory", "macro-F1")} == {"no difference"}
+
+
+def test_an_accuracy_differs_by_more_than_its_intervals_allow(measured: Record) -> None:
+    old, new = copy.deepcopy(measured), copy.deepcopy(measured)
+    old["candidates"][0]["metrics"] |= {"macro_f1": 0.80, "intervals": {"macro_f1": [0.77, 0.83]}}
+    new["candidates"][0]["metrics"] |= {"macro_f1": 0.76, "intervals": {"macro_f1": [0.72, 0.80]}}
+    assert verdicts(old, new)["macro-F1"] == "within noise"
+    assert "0.8000 (0.7700 to 0.8300) -> 0.7600 (0.7200 to 0.8000)" in compare(old, new).to_text()
+    new["candidates"][0]["metrics"] |= {"macro_f1": 0.74, "intervals": {"macro_f1": [0.70, 0.78]}}
+    assert verdicts(old, new)["macro-F1"] == "lower"
+    assert verdicts(new, old)["macro-F1"] == "higher"
+    new["candidates"][0]["metrics"] |= {"macro_f1": 0.797}
+    assert verdicts(old, new)["macro-F1"] == "no difference"
 
 
 def test_a_model_without_answers_is_slower(measured: Record) -> None:
