@@ -235,7 +235,7 @@ def command(
         count = metrics["rows"][measured]
         text = f"on {count:,} {measured} rows:\n{text}"
         if count < _FEW_ROWS:
-            text += f"\n{count:,} rows say little: give more with --test, a larger --test-fraction, or train --folds 5"
+            text += "\nso few rows say little: give more with --test, a larger --test-fraction, or train --folds 5"
     return record, "\n".join([head, text, *_repeats_text(done, task_of(done.manifest.task).headline)])
 
 

@@ -63,6 +63,11 @@ NOISES: Mapping[str, Noise] = {
 }  # fmt: skip
 
 
+def noisy(name: str, rate: float, random: Random) -> Callable[[str], str]:
+    """Return what writes a text with the noise ``name`` of ``NOISES``."""
+    return lambda text: NOISES[name](text, rate, random)
+
+
 _NAMES = (*NOISES, SYNONYMS, MASK, BACK_TRANSLATION)
 
 

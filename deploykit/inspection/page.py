@@ -32,6 +32,7 @@ def write_text_report(title: str, record: Record, out: Path, *, correct: str = "
         metrics_section(record),
         *slices_parts(record),
         *(calibration_parts(record["calibration"], correct, confidence) if "calibration" in record else ()),
+        *(robustness_parts(record["robustness"]) if "robustness" in record else ()),
         worst_section(record["worst"]),
         *(drift_parts(record["drift"]) if "drift" in record else ()),
     ]
@@ -68,6 +69,13 @@ def slices_parts(record: Record) -> list[str]:
         figure("Slices", note, _slice_figure(slices[:_SHOWN_SLICES], names[0], record["metrics"][names[0]])),
         section("All slices", "", table(("slice", "rows", *map(title_of, names)), rows)),
     ]
+
+
+def robustness_parts(lines: Sequence[Record]) -> list[str]:
+    names = list(lines[0]["intervals"])
+    rows = [[one["noise"], *(with_interval(one, name) for name in names)] for one in lines]
+    note = "The same rows with a letter mistyped in 20 % of the words, in the other case, and with other punctuation."
+    return [section("Robustness", note, table(("", *map(title_of, names)), rows))]
 
 
 def with_interval(record: Record, name: str) -> str:

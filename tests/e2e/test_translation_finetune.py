@@ -263,9 +263,13 @@ def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path:
 
 def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Path, tmp_path: Path) -> None:
     words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--max-steps", 12, "--eval-steps", 3,
-             "--max-length", 32, "--batch-tokens", 512, "--json")  # fmt: skip
+             "--max-length", 32, "--batch-tokens", 512, "--augment", "typos=0.3", "--json")  # fmt: skip
     code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
+    assert " with typos: " in err
+    splits = "".join(path.read_text() for path in (tmp_path / "whole" / "splits").iterdir())
+    assert " with typos" not in splits, "only the training sees the copies"
+    assert "copies of them" in (tmp_path / "whole" / "README.md").read_text()
     whole = json.loads(out)
     kill_at_step(7, *words, "--output-dir", tmp_path / "killed")
     assert list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json"))

@@ -17,6 +17,8 @@ from deploykit.artifacts import digest_of
 from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, parse_noise
 from deploykit.data.synonyms import read_synonyms, replace_words
 from deploykit.errors import UsageError
+from deploykit.inspection import robustness as inspection
+from deploykit.inspection.robustness import Noisy
 from deploykit.runtime.served import DEFAULT_URL
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.predictor import TextClassifier
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 Rewriter = Callable[[Sequence[str], float, Random], Sequence[str]]
 """Adds noise to each text at a rate."""
-
-_MEASURED = {"typos": 0.2, "case": 1.0, "punctuation": 0.3}
-"""Noises that a report measures, with their rates."""
 
 
 def augmented(
@@ -92,16 +91,14 @@ def robustness(
     predictor: TextClassifier, rows: Sequence[Example], truth: NDArray[Any], scores: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
     """Measure rows as they are and with typos, in the other case, and with unseen punctuation, with intervals."""
-    names = ("rmse", "mae") if predictor.task.regression else ("accuracy", "macro_f1")
-    found = []
-    for name in ("clean", *_MEASURED):
-        if name != "clean":
-            noisy = _noisy(rows, _each(NOISES[name]), _MEASURED[name], Random(name))
-            scores = predictor.scores([row.asked for row in noisy])
-        metrics = metrics_with_intervals(predictor.task, truth, scores)
-        intervals = {metric: metrics["intervals"][metric] for metric in names}
-        found.append({"noise": name, **{metric: metrics[metric] for metric in names}, "intervals": intervals})
-    return found
+    task = predictor.task
+
+    def measured(noisy: Noisy) -> Mapping[str, Any]:
+        asked = [row.asked for row in _noisy(rows, lambda texts, *_: list(map(noisy, texts)), 1.0, Random())]
+        return metrics_with_intervals(task, truth, predictor.scores(asked))
+
+    names = ("rmse", "mae") if task.regression else ("accuracy", "macro_f1")
+    return inspection.robustness(metrics_with_intervals(task, truth, scores), measured, names)
 
 
 def _noisy(rows: Sequence[Example], rewrite: Rewriter, rate: float, random: Random) -> list[Example]:

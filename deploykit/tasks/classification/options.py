@@ -70,8 +70,8 @@ class ClassificationOptions(FinetuneOptions):
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
-        "punctuation, swap, delete, synonyms, mask (other words by a masked language model) and back-translation (a rate "
-        "of the rows). Repeat for several.",
+        "punctuation, swap, delete (translation: of the source), and of classification synonyms, mask (other words by a "
+        "masked language model) and back-translation (a rate of the rows). Repeat for several.",
     )
     synonyms: str | None = described(
         None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
+from deploykit.data.sample import evenly
 from deploykit.inspection.drift import drift
 from deploykit.inspection.reliability import calibration
+from deploykit.inspection.robustness import MOST_ROWS, Noisy, robustness
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, by_value, common_slices, sliced
 from deploykit.inspection.worst import worst_rows
@@ -36,7 +39,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return the analysis: slices, calibration, worst rows; with ``options.against`` drift.
+    """Measure, and return the analysis: slices, robustness, calibration, worst rows; with ``options.against`` drift.
 
     Raises DataError for a column to slice by that the rows do not have.
     """
@@ -65,11 +68,21 @@ def report(
             yield "has an answer: yes", answerable
             yield "has an answer: no", ~answerable
 
+    def metrics_of(questions: Sequence[int], answers: Sequence[Found]) -> Mapping[str, Any]:
+        asked = dataclasses.replace(rows, examples=[examples[i] for i in questions])
+        return evaluation(task, asked, answers).metrics
+
+    def noisy(rewrite: Noisy) -> Mapping[str, Any]:
+        asked = [(rewrite(examples[i].question), examples[i].context) for i in some]
+        return metrics_of(some, found_for(predictor, asked, lambda done, of: None))
+
+    some = evenly(range(len(examples)), MOST_ROWS)
     evaluated = evaluation(task, rows, found)
     record: dict[str, Any] = {
         "metrics": evaluated.metrics,
         "rows": evaluated.rows,
         "slices": sliced(measure_of, len(examples), slices(), ("f1", "exact_match")),
+        "robustness": robustness(metrics_of(some, [found[i] for i in some]), noisy, ("f1", "exact_match")),
         "calibration": calibration(score, exact),
         "worst": worst_rows(
             [e.origin for e in examples],

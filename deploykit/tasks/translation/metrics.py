@@ -16,7 +16,7 @@ from deploykit.bootstrap import Measure, intervals, sacrebleu_score
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks.translation.languages import parse_language
 
-_PLACEHOLDER = re.compile(
+PLACEHOLDER = re.compile(
     r"""
       %\(\w+\)[-+ #0]*\d*(?:\.\d+)?[a-zA-Z]                  # %(name)s
     | %(?:\d+\$)?[-+#0]*\d*(?:\.\d+)?(?:hh?|ll?|[zjtLq])?[diouxXeEfFgGcrsp@](?![a-zA-Z])  # %s %1$d %.2f %ld
@@ -105,7 +105,7 @@ def placeholders(text: str) -> Counter[str]:
 
     Tags are compared by name: attributes may hold text to translate.
     """
-    return Counter(_tag(found[0]) for found in _PLACEHOLDER.finditer(text))
+    return Counter(_tag(found[0]) for found in PLACEHOLDER.finditer(text))
 
 
 def _sacrebleu(target: str, references: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from deploykit.data.noise import NOISES, parse_noise
 from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.translation.facts import Translation
@@ -38,6 +39,7 @@ class TranslationOptions(FinetuneOptions):
         "Replace the targets of the training rows by the teacher's translations, or add the translations as separate rows.",
         ("replace", "join"),
     )
+    augment: tuple[str, ...] = ()
     student_layers: int = described(0, hidden=True)
     student_decoder_layers: int = described(0, hidden=True)
     eval_rows: int = described(
@@ -92,6 +94,11 @@ class TranslationOptions(FinetuneOptions):
         if self.from_config is not None and self.lora_r:
             raise UsageError("--lora-r is for a checkpoint", "leave it out: with --from-config all weights are new")
         self.refuse_without("teacher", "distill_targets")
+        for noise in self.augment:
+            if parse_noise(noise)[0] not in NOISES:
+                raise UsageError(
+                    f"--augment {noise} is for classification", f"a translator's sources can have {', '.join(NOISES)}"
+                )
         if (self.student_layers or self.student_decoder_layers) and (self.lora_r or self.from_config is not None):
             other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
             raise UsageError(f"--student keeps some layers of a checkpoint, and {other}", "leave one out")

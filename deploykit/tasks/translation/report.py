@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
+from deploykit.data.sample import evenly
 from deploykit.inspection.drift import drift
+from deploykit.inspection.robustness import MOST_ROWS, Noisy, robustness
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_value, common_slices, sliced
 from deploykit.inspection.worst import worst_rows
@@ -18,6 +21,7 @@ from deploykit.runtime.generation import Generation
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.translation.evaluate import evaluation, translate_rows, translated_rows
 from deploykit.tasks.translation.metrics import measure_of, placeholders, sentence_chrf
+from deploykit.tasks.translation.noise import noisy_source
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.rows import Pair
 from deploykit.tasks.translation.source_prefix import cut_code
@@ -35,7 +39,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return the analysis: slices and worst rows; with ``options.against`` drift.
+    """Measure, and return the analysis: slices, robustness and worst rows; with ``options.against`` drift.
 
     Raises DataError for a column to slice by that the rows do not have.
     """
@@ -64,12 +68,20 @@ def report(
         yield "placeholders: yes", np.array([bool(placeholders(pair.source)) for pair in pairs])
         yield "cut off at the longest length: yes", np.array([one.finish == "length" for one in translated])
 
+    def noisy(rewrite: Noisy) -> Mapping[str, Any]:
+        sources = [dataclasses.replace(pairs[i], source=noisy_source(pairs[i].source, rewrite)) for i in some]
+        own, answers, _ = translate_rows(translator, sources, generation, scored=False)
+        return evaluation(task, own, [one.text for one in answers], ()).metrics
+
+    some = evenly(range(len(pairs)), MOST_ROWS)
+    clean = evaluation(task, [pairs[i] for i in some], [hypotheses[i] for i in some], ()).metrics
     evaluated = evaluation(task, pairs, hypotheses, (*rows.problems, *refused))
     score = np.array([one.score for one in translated])
     record: dict[str, Any] = {
         "metrics": evaluated.metrics,
         "rows": evaluated.rows,
         "slices": sliced(measure, len(pairs), slices(), ("chrf", "bleu")),
+        "robustness": robustness(clean, noisy, ("chrf", "bleu")),
         "worst": worst_rows(
             [pair.origin for pair in pairs],
             [pair.source for pair in pairs],

@@ -11,12 +11,14 @@ from typing import Any
 
 from deploykit import artifacts
 from deploykit.bootstrap import differences
+from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config
 from deploykit.tasks.translation.metrics import measure_of, metrics_with_intervals
 from deploykit.tasks.translation.new_marian import POSITIONS, new_marian
+from deploykit.tasks.translation.noise import noisy_pairs
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS
 from deploykit.tasks.translation.rows import (
@@ -42,6 +44,8 @@ from deploykit.training.trainer import Trained
 from deploykit.training.weights import read_generation_config
 
 _SAMPLES = 5
+_SHOWN_COPIES = 2
+"""Copies of each noise that are shown."""
 
 
 class TranslationStage:
@@ -114,6 +118,8 @@ class TranslationStage:
         answers: dict[str, list[str]] = {}
         if options.teacher is not None:
             learned, taught, answers = self._taught(rows, work, say)
+        noisy = self._noisy(rows, learned, say)
+        learned = [*learned, *(pair for copies in noisy.values() for pair in copies)]
         model, tokenizer, task = (
             self._from_checkpoint() if options.model is not None else self._from_config(learned, say)
         )
@@ -142,6 +148,8 @@ class TranslationStage:
         if before is not None:
             metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
         metrics |= taught
+        if noisy:
+            metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
         others = {"before": before, "teacher": answers.get(shown)}
         metrics["differences"] = {
             name: _difference(after[shown], other, rows.splits[shown], task.target)
@@ -150,6 +158,17 @@ class TranslationStage:
         }
         metrics["samples"] = _samples(rows.splits[shown], after[shown], before) if shown else []
         return Trained(task, model, tokenizer, metrics)
+
+    def _noisy(self, rows: Rows[Pair, PairColumns], learned: Sequence[Pair], say: Say) -> dict[str, list[Pair]]:
+        """Return noise -> copies of the training pairs with it; none of them has the source of a held-out pair."""
+        found = noisy_pairs(learned, self._options.augment, self._options.seed)
+        for noise, copies in found.items():
+            found[noise], leaks = drop_pair_leaks(copies, [*rows.splits["validation"], *rows.splits["test"]])
+            told = f", {leaks:,} dropped: a text of theirs is held out" if leaks else ""
+            say(f"{noise}: {len(found[noise]):,} copies of training rows{told}")
+            for pair in evenly(found[noise], _SHOWN_COPIES):
+                say(f"  {pair.origin}: {pair.source}")
+        return found
 
     def _taught(
         self, rows: Rows[Pair, PairColumns], work: Path, say: Say

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.inspection import page as inspection
-from deploykit.inspection.page import drift_parts, metrics_section, reliability_figure, slices_parts, with_interval
-from deploykit.metric_titles import title_of
+from deploykit.inspection.page import (
+    drift_parts,
+    metrics_section,
+    reliability_figure,
+    robustness_parts,
+    slices_parts,
+    with_interval,
+)
 from deploykit.report.confusion_figure import confusion
 from deploykit.report.html import figure, section, table, word_table
 from deploykit.report.svg import number, require_matplotlib
@@ -24,7 +30,7 @@ def write_report(title: str, record: Record, out: Path) -> None:
         metrics_section(record),
         *slices_parts(record),
         figure("Confusion matrix", "Rows are the truth, columns the answer.", confusion(record)),
-        *(_robustness(record["robustness"]) if "robustness" in record else ()),
+        *(robustness_parts(record["robustness"]) if "robustness" in record else ()),
         *(_calibration(record["calibration"]) if "calibration" in record else ()),
         *(_label_errors(record["label_errors"]) if record.get("label_errors") else ()),
         *(_tied_words(record["tied_words"]) if record.get("tied_words") else ()),
@@ -33,19 +39,6 @@ def write_report(title: str, record: Record, out: Path) -> None:
         *(drift_parts(record["drift"]) if "drift" in record else ()),
     ]
     inspection.write_report(title, parts, out)
-
-
-def _robustness(lines: Sequence[Record]) -> list[str]:
-    names = list(lines[0]["intervals"])
-    rows = [
-        [
-            one["noise"],
-            *(with_interval(one, name) for name in names),
-        ]
-        for one in lines
-    ]
-    note = "The same rows with a letter mistyped in 20 % of the words, in the other case, and with other punctuation."
-    return [section("Robustness", note, table(("", *map(title_of, names)), rows))]
 
 
 def _calibration(calibration: Record) -> list[str]:

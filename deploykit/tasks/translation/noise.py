@@ -1,0 +1,48 @@
+"""Write the source texts of pairs with noise. Placeholders and target codes stay, as the translation has to keep them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from random import Random
+
+from deploykit.data.noise import noisy, parse_noise
+from deploykit.tasks.translation.metrics import PLACEHOLDER
+from deploykit.tasks.translation.rows import Pair
+
+_KEPT = re.compile(rf"((?:\S*(?:{PLACEHOLDER.pattern})\S*)|>>[^<>\s]+<<)", re.VERBOSE)
+
+
+def noisy_source(text: str, noise: Callable[[str], str]) -> str:
+    """Return ``text`` with noise in all words but those that hold a placeholder, and a target code (>>fra<<)."""
+    return "".join(part if i % 2 else _within(part, noise) for i, part in enumerate(_KEPT.split(text)))
+
+
+def noisy_pairs(pairs: Sequence[Pair], noises: Sequence[str], seed: int) -> dict[str, list[Pair]]:
+    """Return noise ("typos=0.1") -> a copy of each pair with it in the source, where that changes the source.
+
+    The origin of a copy names the pair and the noise: "pairs.tsv:17 with typos".
+    """
+    found = {}
+    for given in noises:
+        name, rate = parse_noise(given)
+        write = noisy(name, rate, Random(f"{seed} {name}"))
+        copies = (
+            dataclasses.replace(
+                pair,
+                source=noisy_source(pair.source, write),
+                origin=f"{pair.origin} with {name}",
+            )
+            for pair in pairs
+        )
+        found[given] = [copy for copy, pair in zip(copies, pairs) if copy.source != pair.source]
+    return found
+
+
+def _within(part: str, noise: Callable[[str], str]) -> str:
+    """Return a part with noise between the white space around it."""
+    if not (words := part.strip()):
+        return part
+    start = part.index(words)
+    return part[:start] + noise(words) + part[start + len(words) :]
