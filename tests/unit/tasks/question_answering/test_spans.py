@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_answerer import CONTEXT, FAMILIES, WORDS, write_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploykit.errors import ArtifactError, DataError
+from deploykit.tasks.question_answering import predictor, windows
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
 from deploykit.tasks.question_answering.predictor import Answerer
@@ -306,6 +308,32 @@ def test_a_long_context_is_read_in_bounded_batches(answerer_of: Callable[[str], 
     assert found.spans[0].text == "w77"
     assert max(rows) <= 4096
     assert sum(rows) > 90_000
+
+
+def test_a_long_chinese_context_takes_a_few_bytes_a_character(
+    answerer_of: Callable[[str], TorchAnswerer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a text has no white space to be cut at. Counted is what Python and numpy allocate, the same in each run."""
+    monkeypatch.setattr(windows, "_PIECE", 5_000)
+    monkeypatch.setattr(predictor, "_WINDOWS_AT_ONCE", 8)
+    tiny = answerer_of("bert")
+    task = dataclasses.replace(tiny.task, max_length=512, doc_stride=8)
+    own = PairTokenizer.load(Path(tiny.hub_tokenizer.name_or_path) / "tokenizer.json", task)
+    (last,) = own.question("北")
+
+    def read(inputs: dict[str, Any]) -> tuple[Any, Any]:
+        logits = (inputs["input_ids"] == last).astype(np.float32) * 20
+        return logits, logits
+
+    peaks = []
+    for length in (20_000, 60_000):
+        context = "它在京。" * (length // 4) + "北"
+        tracemalloc.start()
+        (found,) = Answerer(task, own, read, 4096).find([("它？", context)])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (found.spans[0].text, found.spans[0].start) == ("北", length)
+    assert peaks[1] - peaks[0] < 50 * 40_000
 
 
 def test_facts_choose_whole_words_and_the_threshold(answerer_of: Callable[[str], TorchAnswerer]) -> None:
