@@ -1,9 +1,9 @@
-"""Measure question answering: training beside a plain Trainer, spans beside transformers' pipeline, and speed.
+"""Compare question answering: training with a plain Trainer, spans and speed with transformers' pipeline.
 
 A MiniLM is trained on XQuAD (``--data``, the folder with xquad.en.json and covidqa.json) for some minutes. The speed of
 deploykit is compared with transformers' QuestionAnsweringPipeline on PyTorch, on optimum's ONNX Runtime models, and on
 OpenVINO (INT8 by NNCF): all test questions in one call, and one question at a time on a long article. Each contender
-runs in a process of its own, and they take turns. Writes bench/results/<date>-answering.json.
+runs in a separate process, and they take turns. Writes bench/results/<date>-answering.json.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def compare_spans(family: str, data: Path, folder: Path, every: dict[str, int], threads: int) -> list[dict[str, Any]]:
-    """Ask a random model of ``family`` with transformers' pipeline and with deploykit on PyTorch.
+    """Run a random model of ``family`` with transformers' pipeline and with deploykit on PyTorch.
 
     Returns, for each data set, the number of questions and of equal spans, and some that differ.
     """
@@ -118,7 +118,7 @@ def trimmed(answer: tuple[str, int, int], context: str) -> tuple[int, int]:
 
 
 def measure_short(peers: Sequence[Peer], subject: Subject, rounds: int, most: int) -> dict[str, Any]:
-    """Ask up to ``most`` test questions in one call: questions/s, exact match and F1 in percent."""
+    """Answer up to ``most`` test questions in one call: questions/s, exact match and F1 in percent."""
     rows = evenly(read_split(subject.run, "test", Example), most)
     pairs = [(row.question, row.context) for row in rows]
     speeds: dict[str, list[float]] = {peer.name: [] for peer in peers}
@@ -146,7 +146,7 @@ def measure_short(peers: Sequence[Peer], subject: Subject, rounds: int, most: in
 
 
 def measure_article(peers: Sequence[Peer], data: Path, rounds: int, questions: int) -> dict[str, Any]:
-    """Ask questions on the article whose length is nearest to the mean, one a call: median time; then in one call."""
+    """Answer questions on the article with the length nearest to the mean, one per call: median time; then in one call."""
     by_article: dict[str, Pairs] = {}
     for pair in _pairs(data / "covidqa.json"):
         by_article.setdefault(pair[1], []).append(pair)

@@ -1,4 +1,4 @@
-"""The contenders of bench/answering.py, each in a process of its own (``answering_worker.py``)."""
+"""The contenders of bench/answering.py, each in a separate process (``answering_worker.py``)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Answers = list[tuple[str, int, int]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A run, its export, and the folder of what is made for peers."""
+    """A run, its export, and the folder of the peers' files."""
 
     run: Path
     export: Path
@@ -72,7 +72,7 @@ def missing(contender: Contender) -> str | None:
 
 
 def job_of(contender: Contender, subject: Subject) -> dict[str, Any]:
-    """Return what the worker needs for a contender; make its files unless they are there."""
+    """Return the worker's job for a contender; create its files if they do not exist."""
     if contender.engine.startswith("deploykit"):
         _, runs = contender.engine.split()
         return {"engine": "deploykit", "runs": runs, "precision": contender.precision, "folder": str(subject.export)}
@@ -85,7 +85,7 @@ def job_of(contender: Contender, subject: Subject) -> dict[str, Any]:
 
 
 class Peer(WorkerProcess):
-    """A contender in a process of its own."""
+    """A contender in a separate process."""
 
     def __init__(self, name: str, job: Mapping[str, Any], task: QuestionAnswering, threads: int) -> None:
         ours = str(job["engine"]).startswith("deploykit")
@@ -97,7 +97,7 @@ class Peer(WorkerProcess):
         self.open_s: float = self.opened["open_s"]
 
     def answer(self, calls: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[float], Answers]:
-        """Ask the pairs of each call; returns seconds of the calls, and the answers one after another."""
+        """Answer the pairs of each call; returns the seconds of the calls, and all answers in order."""
         told = self.ask({"calls": calls})
         return told["seconds"], [(text, start, end) for text, start, end in told["answers"]]
 

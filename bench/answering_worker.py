@@ -1,6 +1,6 @@
 """Answer questions with one engine: read a job (JSON) from stdin, then requests, one a line.
 
-It runs in the engine's own virtual environment, so it imports nothing but the engine and what it needs.
+It runs in the engine's own virtual environment, so it imports only the engine and its dependencies.
 """
 
 from __future__ import annotations

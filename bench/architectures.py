@@ -1,4 +1,4 @@
-"""Try each architecture that transformers classifies or translates with: train two steps, export, quantize, compare texts.
+"""Try each architecture that transformers has for classification or translation: train two steps, export, quantize, compare texts.
 
 Models are tiny, with random weights. Each is either served as PyTorch answers, on every engine and in INT8, or refused
 before it is trained. Writes bench/results/<date>-architectures.json, from which bench/table.py writes the docs' table.
@@ -84,7 +84,7 @@ _LEFT = ("xlnet",)  # read the last token
 def write_checkpoint(model_type: str, folder: Path) -> None:
     """Write a random classifier of ``LABELS`` with two layers, and a tokenizer that knows ``WORDS``.
 
-    Raises whatever transformers does for a type that cannot be so small, and ValueError for one that stays large.
+    Raises transformers' exception for a type that cannot be so small, and ValueError for a type that stays large.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -127,7 +127,7 @@ def _sizes_of(config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rows(path: Path) -> None:
-    """Write 160 texts of up to 20 words, whose label their words tell."""
+    """Write 160 texts of up to 20 words, whose words determine the label."""
     draw = random.Random(0)
     lines = ["text,label"]
     for _ in range(160):
@@ -138,7 +138,7 @@ def write_rows(path: Path) -> None:
 
 
 def try_architecture(model_type: str, folder: Path) -> dict[str, Any]:
-    """Return what becomes of a type: ``outcome`` is "served", "refused" (before training), "failed" or "not built".
+    """Return the result for a type: ``outcome`` is "served", "refused" (before training), "failed" or "not built".
 
     Needs an absolute ``folder``, which is empty. A served one has the ``engines`` that gave PyTorch's answers in fp32, and those that run it in INT8. The others have
     the ``message``.
@@ -154,7 +154,7 @@ def try_architecture(model_type: str, folder: Path) -> dict[str, Any]:
 
 
 def try_translator(model_type: str, folder: Path) -> dict[str, Any]:
-    """Return what becomes of a type of encoder-decoder, as ``try_architecture`` does."""
+    """Return the result for a type of encoder-decoder, as ``try_architecture`` does."""
     import torch
     from tiny_translators import FAMILIES, write_pairs
     from transformers import AutoConfig
@@ -225,7 +225,7 @@ def translators() -> list[str]:
 
 
 def _try_alone(try_type: Callable[[str, Path], dict[str, Any]], model_type: str) -> dict[str, Any]:
-    """Return ``try_type`` of a process of its own, which may crash."""
+    """Run ``try_type`` in a separate process, which may crash."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         child = os.fork()

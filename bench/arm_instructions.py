@@ -1,7 +1,7 @@
-"""Count the instructions that the engine ``native`` takes on Arm for a row of a matrix, beside a plain loop.
+"""Count the instructions that the engine ``native`` and a plain loop take on Arm for a row of a matrix.
 
-qemu emulates the CPUs and writes down each instruction; the count of a product is the difference between two runs. Speed on
-real CPUs is not known by it. Needs what test_native_on_arm.py needs. Writes bench/results/<date>-arm-instructions.json.
+qemu emulates the CPUs and records each instruction; the count of a product is the difference between two runs. Speed on
+real CPUs is not measured. Needs the packages that test_native_on_arm.py needs. Writes bench/results/<date>-arm-instructions.json.
 """
 
 from __future__ import annotations

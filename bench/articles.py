@@ -1,4 +1,4 @@
-"""Make the suite's long texts: BBC articles in five topics, and a MiniLM fine-tuned on them, under demo/ after `make demo`."""
+"""Create the suite's long texts: BBC articles in five topics, and a MiniLM fine-tuned on them, under demo/ after `make demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a suite compares: an engine and how it runs the weights."""
+"""Define a contender of a suite: an engine and the precision of its weights."""
 
 from __future__ import annotations
 

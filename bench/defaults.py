@@ -1,9 +1,9 @@
 """Compare `deploykit finetune` without options with the best run of a search, on small sets of real rows.
 
 All sets are classified by the demo's MiniLM. A search draws learning rate, epochs, batch, warm-up and weight decay by TPE, ends
-bad runs early by the median rule, and takes the run that is best on the validation rows. Both are then measured on the test
+bad runs early by the median rule, and takes the best run on the validation rows. Both are then measured on the test
 rows, with the 95 % interval of their difference (paired bootstrap). Embeddings of tokens that no text of a set has are left
-out, which saves time and changes no result. Writes bench/results/<date>-defaults.json; a killed run goes on.
+out, which saves time and changes no result. Writes bench/results/<date>-defaults.json; a killed run can be continued.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _MOST_FIND = 1500
 """Rows of the program that two thirds of all commands start with."""
 
 _DRAWN = 5
-"""Runs of a search that are drawn at random, and never ended early."""
+"""Number of runs of a search that are drawn at random, and never ended early."""
 
 Texts = Iterator[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SmallSet:
-    """A set of rows: how many are trained on, validated on and tested on, and what is given to both sides."""
+    """A set of rows: the numbers for training, validation and test, and the options of both sides."""
 
     title: str
     texts: Callable[[Path], Texts]
@@ -227,7 +227,7 @@ def compare(key: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def values_of(subject: Subject) -> dict[str, Any]:
-    """Return what the recipe chose."""
+    """Return the recipe's choices."""
     return {name: choice.value for name, choice in subject.recipe.items()}
 
 

@@ -1,8 +1,8 @@
 """Measure supervised fine-tuning of a language model: deploykit, the plain Trainer of transformers, and trl's SFTTrainer.
 
 All train SmolLM2-135M-Instruct on the same rows of the demo (descriptions and shell commands) for one epoch with the same
-learning rate and schedule, and compute the same loss: of the answers' tokens. Each runs in a process of its own, and they
-take turns. Each round has another seed, of the split as of the order of the rows, the same for all. Tokens/s count the tokens of the rows, not the padding; the time is that of the training loop alone. Writes
+learning rate and schedule, and compute the same loss, on the answers' tokens. Each runs in a separate process, and they
+take turns. Each round has another seed for the split and the order of the rows, the same for all. Tokens/s count the tokens of the rows, not the padding; the time is that of the training loop alone. Writes
 bench/results/<date>-finetuning.json.
 """
 
@@ -162,7 +162,7 @@ def _arguments(chosen: TextGenerationOptions, kind: Any, work: Path, **own: Any)
 
 
 def _plain(model: Any, rows: Sequence[Any], chosen: TextGenerationOptions, work: Path) -> Any:
-    """Return transformers' Trainer as its users write it: rows of a batch padded to the longest, the model's own loss."""
+    """Return transformers' Trainer in usual code: rows of a batch padded to the longest, the model's own loss."""
     from functools import partial
 
     from transformers import Trainer, TrainingArguments
@@ -176,7 +176,7 @@ def _plain(model: Any, rows: Sequence[Any], chosen: TextGenerationOptions, work:
 
 
 def _trl(model: Any, rows: Sequence[Any], stage: Any, chosen: TextGenerationOptions, work: Path) -> Any:
-    """Return trl's SFTTrainer with its defaults, but for bf16, which this CPU may lack."""
+    """Return trl's SFTTrainer with its defaults, except bf16, which this CPU may lack."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 

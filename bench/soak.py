@@ -1,7 +1,7 @@
-"""Keep one server under a mixed load of several tasks, and judge whether its memory, open files and latencies stay level.
+"""Keep one server under a mixed load of several tasks, and check whether its memory, open files and latencies stay level.
 
-Clients ask at random: a classifier over HTTP, a translator over gRPC, and a language model on the OpenAI port for whole
-answers and streams, streams that leave, and bad requests. Of the first two, each answer is compared with the one that the idle
+Clients send random requests: to a classifier over HTTP, to a translator over gRPC, and to a language model on the OpenAI port for whole
+answers, streams, cancelled streams and bad requests. For the first two, each answer is compared with the one that the idle
 server gave. Writes bench/results/<date>-soak.json; the exit status is 1 where something grows or an answer is wrong.
 """
 
@@ -31,7 +31,7 @@ from deploykit.hardware import available_cpus
 from deploykit.triton.repository import package
 
 SHARES = {"classify": 4.0, "translate": 2.0, "whole": 0.9, "stream": 1.2, "leaves": 0.6, "bad": 0.3}
-"""How often a client asks so; those without a model are left out."""
+"""Relative frequency of each kind of request; kinds without a model are left out."""
 _OF_TASK = {
     "classification": ("classify",), "translation": ("translate",), "text-generation": ("whole", "stream", "leaves", "bad"),
 }  # fmt: skip
@@ -40,11 +40,11 @@ _KNOWN = 16
 """Number of texts whose answers are compared."""
 _SENTENCE_WORDS = 30
 _WARM_SHARE = 0.25
-"""The first samples, while caches fill and memory becomes real, do not count."""
+"""Number of first samples that do not count, while caches fill and memory is allocated."""
 _LEVEL_MB_PER_HOUR = 30.0
 _LEVEL_LATENCY = 1.5
 _FEW_MINUTES = 4
-"""Latencies of fewer minutes are not judged."""
+"""Minimum minutes for judging latencies."""
 _GAUGE = re.compile(r"^deploykit_(running|waiting)_sequences\{[^}]*\} ([0-9.e+]+)$", re.MULTILINE)
 _BAD: tuple[Mapping[str, Any], ...] = (
     {"temperature": -1},
@@ -105,7 +105,7 @@ def _server(exports: Mapping[str, Path], precision: str) -> Iterator[dict[str, A
 
 
 class Texts:
-    """Windows at random places of this project's documentation."""
+    """Windows at random positions of this project's documentation."""
 
     def __init__(self, seed: int) -> None:
         pages = (path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
@@ -119,7 +119,7 @@ class Texts:
 
 class Load:
     """Clients of the server at ``addresses``; each waits ``pause`` seconds on average before a request. ``outcomes`` counts
-    what became of the requests, by kind, and ``latencies`` has the second, the kind and the milliseconds of each answer: of a
+    the results of the requests, by kind, and ``latencies`` has the second, the kind and the milliseconds of each answer: for a
     stream, to its first piece."""
 
     def __init__(self, addresses: Mapping[str, Any], longest: int, pause: float, seed: int) -> None:
@@ -134,7 +134,7 @@ class Load:
         self._kinds, self._shares = kinds, shares / shares.sum()
 
     async def run(self, seconds: float, clients: int, every: float) -> list[Sample]:
-        """Ask for ``seconds``, and return a sample at each ``every`` seconds and one after the last answer."""
+        """Send requests for ``seconds``, and return a sample every ``every`` seconds and one after the last answer."""
         import httpx
         import tritonclient.grpc.aio as triton
 
@@ -183,7 +183,7 @@ class Load:
         return self._classify if kind == "classify" else self._translate
 
     async def _compare(self, kind: str) -> str:
-        """Send a text whose answer is known. Returns "as expected", or what was not."""
+        """Send a text with a known answer. Returns "as expected", or the difference."""
         text = str(self._random.choice(list(self._known[kind])))
         begun = time.monotonic()
         answer = await self._asker(kind)(text)
@@ -207,7 +207,7 @@ class Load:
         return str(answer.as_numpy("TRANSLATION").item().decode())
 
     async def _chat(self, kind: str) -> str:
-        """Send one request to the language model. Returns "as expected", or what was not."""
+        """Send one request to the language model. Returns "as expected", or the difference."""
         words = int(np.exp(self._random.uniform(0, np.log(self._longest))))  # 1 to the longest, mostly short
         (text,) = self._texts.draw(1, words)
         new = int(self._random.integers(1, _NEW_TOKENS + 1))
@@ -256,7 +256,7 @@ def by_minute(latencies: Sequence[tuple[float, str, float]]) -> list[dict[str, A
 
 
 def take_sample(addresses: Mapping[str, Any], seconds: float) -> Sample:
-    """Return the state of the server now. Raises ServerError where its process is gone."""
+    """Return the state of the server now. Raises ServerError if its process has ended."""
     import httpx
     import psutil
 
@@ -314,7 +314,7 @@ def verdict(
 
 
 def _slower(minutes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a reason for each kind of request whose p99 grows beyond what is level, by the line through the minutes."""
+    """Return a reason for each kind of request whose p99 grows, by the line through the minutes."""
     reasons = []
     for kind in SHARES:
         found = [(one["minute"], one[kind]["p99_ms"]) for one in minutes if kind in one]

@@ -102,7 +102,7 @@ def write_record(suite: Mapping[str, Any], out: Path) -> None:
 
 
 def write(suite: Mapping[str, Any], out: Path) -> None:
-    """Write ``out`` and, beside it, the page that shows it."""
+    """Write ``out`` and its page next to it."""
     with new_file(out) as file:
         file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
     write_report(suite, out.with_suffix(".html"))

@@ -183,7 +183,7 @@ def _rounds(count: int) -> str:
 
 
 def render_answering(suite: Record) -> str:
-    """Return Markdown: F1 beside a plain Trainer's, speed as ratios to transformers' pipeline, and the equal spans."""
+    """Return Markdown: F1 and that of a plain Trainer, speed as ratios to transformers' pipeline, and the equal spans."""
     lines = [
         f"Question answering: {_when_and_where(suite)}, {suite['threads']} threads, windows of 384 tokens that share 128."
     ]
@@ -296,7 +296,7 @@ def render_architectures(result: Record) -> str:
 
 
 def render_translators(result: Record) -> str:
-    """Return the same of the types that turn texts into texts; "" where they were not tried."""
+    """Return the same for the types that turn texts into texts; "" if they were not tried."""
     tokens = "The exports give the tokens of `generate`."
     return _types(result, result["translators"], "turns texts into texts", tokens) if "translators" in result else ""
 

@@ -1,4 +1,4 @@
-"""Run the README's example, and draw what a terminal shows as docs/terminal.svg.
+"""Run the README's example, and draw the terminal's output as docs/terminal.svg.
 
 Run it in a folder with ``minilm/`` and ``tweets.csv`` (docs/get-started.md makes them). It leaves the example's folders there.
 """

@@ -135,7 +135,7 @@ def measure_subject(
     plan: Plan,
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """Return one record for greedy search and one for beam search, with the data to judge them by.
+    """Return one record for greedy search and one for beam search, with the data to judge them.
 
     Adds contenders that could not take part to ``skipped``, with the reason.
     """

@@ -21,12 +21,12 @@ def write_search_page(record: Record, out: Path) -> None:
     title = f"Search for {title_of(record['objective'] or 'the best run')}: {len(record['runs'])} runs"
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
-        section("Best run", "The first run has the options as they were given.", _best(record)),
-        figure("History", "Of the validation rows. Crosses: runs that were ended early, at their last evaluation; hollow: "
-               "outside of the limits.", _history(record) if ended else None),
+        section("Best run", "The first run has the given options.", _best(record)),
+        figure("History", "On the validation rows. Crosses: runs that were ended early, at their last evaluation; hollow: "
+               "outside the limits.", _history(record) if ended else None),
         figure("Importance", "Share of each option in the differences between the runs (fANOVA).",
                _importance(record["importance"]) if record["importance"] else None),
-        figure("Options of the runs", "A line for each run that came to its end. The better, the darker; the best is orange.",
+        figure("Options of the runs", "One line per finished run. Darker is better; the best run is orange.",
                _parallel(record, ended) if len(ended) > 1 and len(record["space"]) > 1 else None),
         section("All runs", "", _table(record)),
     ]  # fmt: skip

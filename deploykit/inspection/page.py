@@ -112,7 +112,7 @@ def reliability_figure(lines: Sequence[Record], confidence: str = "confidence") 
         axes.set(xlabel=confidence, ylabel="share of right answers", ylim=(0, 1.02))
         add_legend(figure)
 
-    note = "A point below the line: the model is too sure of itself. The size shows the number of rows."
+    note = "Below the line, the model is overconfident. The size of a point shows the number of rows."
     return figure("Reliability", note, to_svg("reliability", draw, (6.0, 4.2)))
 
 
@@ -137,9 +137,7 @@ def worst_section(rows: Sequence[Record]) -> str:
         for one in rows
     ]  # fmt: skip
     head = ("row", "asked", "expected", "answer", *map(title_of, names))
-    note = (
-        f"The {len(rows)} with the lowest {title_of(names[0])}; of equal ones those with the highest confidence first."
-    )
+    note = f"The {len(rows)} with the lowest {title_of(names[0])}; among equal ones the highest confidence first."
     return section("Worst rows", note, table(head, cells, words=True))
 
 

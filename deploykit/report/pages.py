@@ -16,7 +16,7 @@ from deploykit.report.svg import NOTHING, apart, fraction, number, require_matpl
 from deploykit.tasks.registry import get_task
 
 _CPU_NOTE = (
-    "of all threads of a process, in ms a request. The tokenizer and the engine are part of the model's process."
+    "of all threads of a process, in ms per request. The tokenizer and the engine are part of the model's process."
 )
 
 
@@ -44,7 +44,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     """
     require_matplotlib()
     title = "Which layers stay in fp32"
-    note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
+    note = "The most sensitive parts stay in fp32, as few as possible; all others are INT8."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         figure("Task metric", note, trial_figures.search(searches, limits)),
@@ -55,7 +55,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
             for t in found["trials"]
         ]
         head = ("parts in fp32", "points lost", *(title_of(name) for name in limits))
-        parts.append(section(f"Trials, {engine}", "In the order they were made.", table(head, trials)))
+        parts.append(section(f"Trials, {engine}", "In the order of measurement.", table(head, trials)))
         rows = [
             [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
             for part, change in zip(found["order"], found["sensitivity"])
@@ -101,20 +101,20 @@ def write_tuning(record: Record, out: Path) -> None:
         ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
         (
             "Load",
-            f"one text a request, arriving at random, for {record['seconds']:g} s or more at each rate tried; "
+            f"one text per request, arriving at random, for {record['seconds']:g} s or more at each rate tried; "
             "latency counts from the scheduled arrival, and the generator shares the machine with the server",
         ),
-        ("Rate", "the highest that holds the limit, found to within 5%; medians where it was measured again"),
-        ("Memory", "of all processes of the server after the load, each page counted once"),
+        ("Rate", "the highest rate within the limit, found to within 5%; medians if it was measured again"),
+        ("Memory", "of all processes of the server after the load; shared pages count once"),
         ("CPU", _CPU_NOTE),
     ]
-    note = "Up and left is better. The line joins the settings that no other beats in both."
+    note = "Up and left is better. The line joins the settings that no other setting beats in both."
     parts = [
         f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
         warning_box(record["warnings"]),
         section("Result", "", word_table(found)),
         figure("Throughput against memory", note, trial_figures.frontier(record)),
-        section("All settings tried", "In the order they were first measured.", table(head, rows)),
+        section("All settings tried", "In the order of their first measurement.", table(head, rows)),
         section("How to repeat it", "", word_table(repeat)),
         _machine(record),
     ]
@@ -179,7 +179,7 @@ def _sections(result: Record) -> str:
         ),
         figure(
             "Throughput against latency",
-            "Numbers count callers that each wait for their answer; hollow diamonds are requests that arrive at random. "
+            "Numbers are callers, each of which waits for its answer; hollow diamonds are requests that arrive at random. "
             "Right and low is better.",
             figures.throughput_latency(result),
         ),
@@ -190,7 +190,7 @@ def _sections(result: Record) -> str:
         ),
         figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
         figure(
-            "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
+            "Where the time goes", "For each model in this process, in its best closed loop.", figures.stages(result)
         ),
         figure("Confusion matrix", _matrix_note(first), confusion_figure.confusion(first)),
         section("CPU time", _CPU_NOTE, table(("model and load", "ms a request"), cpu)) if cpu else "",
@@ -255,7 +255,7 @@ def _accuracy(candidate: Record, metric: str) -> str:
     low, high = metrics["intervals"][metric]
     found = (candidate.get("differences") or {}).get(metric)
     told = (
-        f"<small>{'differs from the first beyond noise' if found['beyond_noise'] else 'as the first, within noise'}</small>"
+        f"<small>{'differs from the first model beyond noise' if found['beyond_noise'] else 'same as the first model within noise'}</small>"
         if found
         else ""
     )
@@ -313,10 +313,10 @@ def _settings(record: Record, result: Record) -> list[tuple[str, str]]:
             f"{settings['warmup_s']:g} s of warm-up before each; seed {settings['seed']}",
         ),
         ("Latency", "of a request that arrives at random: from its scheduled arrival, queueing included"),
-        ("Inside one process", "the callers' texts are merged into one call, and each waits for all of it"),
+        ("Inside one process", "the callers' texts are merged into one call, and each caller waits for the whole call"),
         (
             "On a server",
-            "one text a request over HTTP keep-alive; the generator shares the machine with a local server",
+            "one text per request over HTTP keep-alive; the generator shares the machine with a local server",
         ),
         ("Other programs", f"at most {busiest:.0f}% of the CPUs just before a round"),
     ]

@@ -26,7 +26,7 @@ def read_record(path: Path) -> Record:
     if isinstance(record, dict) and record.get("schema") not in (None, SCHEMA):
         raise ArtifactError(
             f"{path}: has schema {record['schema']!r}; this deploykit reads schema {SCHEMA}",
-            "measure again, or use the deploykit that wrote it",
+            "measure again, or use the version of deploykit that wrote it",
         )
     try:
         _touch(record)

@@ -62,7 +62,11 @@ def write_learning_curve(curve: Mapping[str, Any], out: Path) -> None:
         if expected is not None:
             axes.plot(*zip(points[-1], expected), ":", color=colour_of(1))
             axes.plot(
-                *zip(expected), "o", color=colour_of(1), fillstyle="none", label="expected, by a power law of the error"
+                *zip(expected),
+                "o",
+                color=colour_of(1),
+                fillstyle="none",
+                label="expected, from a power law of the error",
             )
         axes.set_xscale("log")
         axes.set(xlabel="training rows (log scale)", ylabel=title_of(curve["metric"]))
@@ -71,7 +75,7 @@ def write_learning_curve(curve: Mapping[str, Any], out: Path) -> None:
     rows = [[f"{point['rows']:,}", value_text(point["value"], point["interval"])] for point in curve["points"]]
     if expected is not None:
         rows.append([f"{expected[0]:,} (expected)", f"{expected[1]:.4f}"])
-    note = "On the same held-out rows, with 95 % intervals over them (bootstrap). One run a point: small differences are noise."
+    note = "On the same held-out rows, with bootstrap 95 % intervals over them. Each point is one run, so small differences are noise."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         figure("Learning curve", note, to_svg("curve", draw, (8.0, 3.8))),

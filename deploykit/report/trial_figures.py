@@ -35,7 +35,7 @@ def frontier(tuning: Record) -> str:
     """Draw the highest rate within the limit against memory, a mark for each trial.
 
     The chosen settings are a star, the present ones have a ring, settings without a rate within the limit are crosses.
-    The line joins the settings that no other beats in both.
+    The line joins the settings that no other setting beats in both.
     """
     trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]
     graphs = list(dict.fromkeys((trial["engine"], trial["precision"]) for trial in trials))

@@ -27,7 +27,7 @@ def render(
     if measured:
         title = f"Results on the {measured} rows ({rows[measured]:,}, none of them seen in training)"
     else:
-        title = "Results: not measured, it was trained on all rows"
+        title = "Results: not measured, because it was trained on all rows"
     lines = [
         *head,
         "",
@@ -67,7 +67,7 @@ def _learned_besides(options: FinetuneOptions, metrics: Mapping[str, Any]) -> li
     found = []
     if copies := metrics.get("augmented"):
         told = ", ".join(f"{count:,} with `{noise}`" for noise, count in copies.items())
-        found += ["", f"Besides the training rows it has seen copies of them: {told}."]
+        found += ["", f"It was also trained on copies of the training rows: {told}."]
     if teacher := getattr(options, "teacher", None):
         if counts := metrics.get("distilled"):
             found += ["", f"Of its training rows {counts['taught']:,} have a teacher's translation."]

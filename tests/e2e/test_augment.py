@@ -66,7 +66,7 @@ def test_a_run_sees_copies_of_three_kinds(
     assert set(counts) == {"synonyms=1", "mask=0.3", "back-translation=0.2"}
     assert all(counts.values())
     assert all(f" with {noise}: " in err for noise in ("synonyms", "mask", "back-translation"))
-    assert "copies of them" in (out / "README.md").read_text()
+    assert "copies of the training rows" in (out / "README.md").read_text()
     splits = "".join((out / "splits" / f"{name}.jsonl").read_text() for name in ("train", "validation", "test"))
     assert " with " not in splits, "only the training sees the copies"
     again = deploykit("finetune", masked_model, "--config", out / "finetune.toml", "--output-dir", out)

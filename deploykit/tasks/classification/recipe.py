@@ -87,7 +87,7 @@ def _epochs(facts: Facts, batch: int) -> Choice:
     low, high = _EPOCHS
     steps = max(1, math.ceil(facts.rows / batch))
     if facts.rounded:
-        return Choice(1.0, "--qat goes on from a trained model")
+        return Choice(1.0, "--qat continues from a trained model")
     if facts.rows > _VERY_MANY_ROWS:
         return Choice(2.0, f"{facts.rows:,} rows, more than {_VERY_MANY_ROWS:,}")
     epochs = min(max(math.ceil(_STEPS / steps), low), high)
@@ -119,9 +119,9 @@ def _length(facts: Facts) -> Choice:
     length = min(max(rounded, low), high, facts.limit)
     reason = f"{_QUANTILE:.0%} of the texts have at most {covered:,} tokens".replace("99%", "99 %")
     if length == facts.limit:
-        reason += "; the model takes no more"
+        reason += "; the model's limit"
     elif length == low:
-        reason += f"; {low} at least: short texts are not padded to it"
+        reason += f"; {low} at least: short texts are not padded to this length"
     elif length < rounded:
-        reason += f"; {high} at most: longer texts take more memory than they are worth"
+        reason += f"; {high} at most: longer texts take too much memory for their use"
     return Choice(length, reason)

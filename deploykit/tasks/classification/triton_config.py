@@ -13,7 +13,7 @@ input { name: "TEXT_PAIR" data_type: TYPE_STRING dims: [ 1 ] }
 
 CLASSIFICATION = Template(
     """\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
 # Most rows in one request, and in one dynamic batch.
 max_batch_size: $max_batch_size

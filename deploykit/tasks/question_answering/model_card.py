@@ -11,8 +11,8 @@ from deploykit.tasks.question_answering.metrics_text import cell
 
 def head(task: QuestionAnswering, origin: str) -> list[str]:
     """Return the hub's metadata and a description of the model."""
-    answers = "It says where a context holds no answer." if task.no_answer_threshold is not None else (
-        "It answers every question, also one that the context does not answer."
+    answers = "It recognizes contexts without an answer." if task.no_answer_threshold is not None else (
+        "It answers every question, even if the context has no answer."
     )  # fmt: skip
     return [
         "---",

@@ -8,7 +8,7 @@ from deploykit.runtime.triton_batching import batched
 
 QUESTION_ANSWERING = Template(
     """\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
 # Most questions in one request, and in one dynamic batch.
 max_batch_size: $max_batch_size

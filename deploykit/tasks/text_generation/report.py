@@ -133,7 +133,7 @@ def _properties(
             continue
         kept.append(ids)
     if not kept:
-        raise DataError("no new row has a prompt that the model takes", "give other rows as --against")
+        raise DataError("no new row has a prompt that the model accepts", "give other rows as --against")
     found = [one[0] for one in generator.generate(kept, dataclasses.replace(sampling, n=1))]
     return {
         "tokens of an answer": ([a.tokens for a in answers], [a.tokens for a in found]),

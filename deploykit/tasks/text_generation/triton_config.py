@@ -5,7 +5,7 @@ from __future__ import annotations
 from string import Template
 
 TEXT_GENERATION = Template("""\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
 # One prompt a request, and one answer or many pieces of it: ModelStreamInfer of gRPC, or /generate and /generate_stream
 # of HTTP. Names are those of Triton's vLLM backend.

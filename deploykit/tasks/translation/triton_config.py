@@ -5,7 +5,7 @@ from __future__ import annotations
 from string import Template
 
 TRANSLATION = Template("""\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
 # Most texts in one request.
 max_batch_size: $max_batch_size
@@ -49,7 +49,7 @@ parameters { key: "task" value { string_value: '$task' } }
 """)
 
 STREAM = Template("""\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 # Splits a document into sentences, sends them to the model below, and streams each translation when it is done.
 backend: "deploykit"
 # One document a request, many answers: ModelStreamInfer of gRPC, or /generate_stream of HTTP.

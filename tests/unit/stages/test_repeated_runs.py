@@ -101,7 +101,7 @@ def test_a_curve_is_measured_on_the_same_rows_and_continued_by_a_power_law(
     assert all(run["test"] == trained[0]["test"] for run in trained)
     assert found["metric"] == "macro_f1"
     assert found["expected"] == pytest.approx(1 - 1 / 240, abs=1e-3)
-    assert "expected, by a power law" in (tmp_path / "out.curve.html").read_text()
+    assert "expected, from a power law" in (tmp_path / "out.curve.html").read_text()
 
 
 def test_an_error_that_does_not_fall_gives_no_expectation(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from string import Template
 
 TOKEN_CLASSIFICATION = Template("""\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
-# Most rows in one request, and in one dynamic batch.
+# Maximum rows in one request, and in one dynamic batch.
 max_batch_size: $max_batch_size
 
 # A text, whose words are separated by white space.

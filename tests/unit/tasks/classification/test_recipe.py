@@ -23,7 +23,10 @@ def test_each_choice_has_its_reason() -> None:
         "num_train_epochs": (3.0, "1,600 rows are 100 steps an epoch: at least 300 steps, 3 to 20 epochs"),
         "per_device_train_batch_size": (16, "1,600 rows, fewer than 4,000: more steps"),
         "warmup_ratio": (0.1, "the share of the steps in which the new head settles"),
-        "max_length": (128, "99 % of the texts have at most 20 tokens; 128 at least: short texts are not padded to it"),
+        "max_length": (
+            128,
+            "99 % of the texts have at most 20 tokens; 128 at least: short texts are not padded to this length",
+        ),
     }
 
 
