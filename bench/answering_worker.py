@@ -23,7 +23,7 @@ MAX_QUESTION = 10_000
 
 
 def main() -> None:
-    # What a library prints must not get between the answers.
+    # Output of a library must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())

@@ -42,7 +42,7 @@ _SIZES: Mapping[str, Any] = {
     "num_key_value_heads": 2, "image_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "vocab_size": len(WORDS) + 16,
     "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3, "layer_types": None,
 }  # fmt: skip
-# What a type needs otherwise; ... leaves a field as it is.
+# Fields that a type needs in addition; ... leaves a field unchanged.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _LATENT = {"num_key_value_heads": 4}  # attention through a latent vector has no groups of heads
 _OWN: Mapping[str, Mapping[str, Any]] = {
@@ -165,7 +165,7 @@ def try_translator(model_type: str, folder: Path) -> dict[str, Any]:
     write, source, target = FAMILIES.get(model_type, (None, "en", "fr"))
     if write is not None:
         write(checkpoint)
-    else:  # what is looked for before a checkpoint is refused for its type
+    else:  # files that are checked before a checkpoint's type is refused
         AutoConfig.for_model(model_type).save_pretrained(checkpoint)
         for name in ("model.safetensors", "tokenizer.json"):
             (checkpoint / name).touch()

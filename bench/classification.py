@@ -54,7 +54,7 @@ def main() -> None:
                 suite["workloads"] += measure_subject(
                     part, Subject(checkpoint, export, Path(made)), options, suite["skipped"]
                 )
-            write(suite, options.out)  # save now: the next part takes long, and may fail
+            write(suite, options.out)  # save now, because the next part takes long, and may fail
     if "serving" in options.parts:
         checkpoint, export = options.tweets
         with tempfile.TemporaryDirectory() as made:

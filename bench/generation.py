@@ -85,7 +85,7 @@ def main() -> None:
     able = [c for c in chosen if c.name not in suite["skipped"]]
     if "process" in options.parts:
         suite["workloads"].append(measure_processes(subject, able, prompts, plan, suite))
-        write_record(suite, options.out)  # save now: the next part takes long, and may fail
+        write_record(suite, options.out)  # save now, because the next part takes long, and may fail
     if "served" in options.parts:
         from generation_serving import measure_served
 
@@ -203,7 +203,7 @@ def _opened(
         try:
             files = convert(contender, subject)
             worker = stack.enter_context(Worker(contender, files, plan.threads, subject.task.max_length))
-            # Memory that a process touches for the first time comes slowly on virtual machines.
+            # On virtual machines, memory is slow when a process touches it for the first time.
             largest = [[1] * plan.prompt_tokens] * max(plan.batches)
             worker.generate(largest, plan.new_tokens)
         except (DeploykitError, ValueError, FileNotFoundError) as error:

@@ -153,7 +153,7 @@ class Load:
                 last = samples[-1]
                 say(f"{last.seconds:.0f} s: {last.memory_mb:.0f} MB, {last.open_files} files, {last.running} running")
             await asyncio.gather(*asking)
-        await asyncio.sleep(2)  # streams that left are noticed between two steps, and metrics are read afresh
+        await asyncio.sleep(2)  # cancelled streams are noticed between two steps, and then metrics are read again
         samples.append(await asyncio.to_thread(take_sample, self._addresses, time.monotonic() - self._started))
         return samples
 
@@ -171,7 +171,7 @@ class Load:
             kind = str(self._random.choice(self._kinds, p=self._shares))
             try:
                 outcome = await (self._compare(kind) if kind in self._known else self._chat(kind))
-            except Exception as error:  # whatever the client raises is an outcome
+            except Exception as error:  # any exception of the client is an outcome
                 outcome = f"{type(error).__name__}: {error}"[:200]
             self.outcomes[f"{kind}: {outcome}"] += 1
 

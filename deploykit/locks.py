@@ -7,7 +7,7 @@ import time
 
 try:
     import fcntl
-except ImportError:  # Windows, whose locks keep others from reading what is locked: one byte behind any content
+except ImportError:  # On Windows others cannot read locked bytes: lock one behind the content
     import msvcrt
 
     _BEHIND = 0x7FFF_0000

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class MeasurementLog:
-    """A log of measurements, in a file beside the result, from which a killed command continues.
+    """A log of measurements, in a file next to the result, from which a killed command continues.
 
     ``key`` identifies everything that the measurements depend on. A file with another key is discarded.
     """

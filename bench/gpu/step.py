@@ -1,4 +1,4 @@
-"""What the steps of the GPU check share: sizes, data, fine-tuned checkpoints, and measuring."""
+"""Share code between the steps of the GPU check: sizes, data, fine-tuned checkpoints, and measuring."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def bench_targets(
     try:
         for plan in plans:
             progress(f"opening {plan.name}")
-            # Memory is measured in separate processes: in one, the candidates' shares could not be told apart.
+            # Memory is measured in separate processes, because the candidates' shares of one process cannot be separated.
             alone = _alone(plan, threads, texts, generation) if memory and not plan.served and len(local) > 1 else None
             candidates.append(_open(plan, url, threads, generation, alone))
         return run_bench(

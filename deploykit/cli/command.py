@@ -97,7 +97,7 @@ def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) ->
     from rich.console import Console
     from rich.text import Text
 
-    # Colours on a terminal alone, and not where NO_COLOR is set; lines are never broken.
+    # Colours only on a terminal, and not if NO_COLOR is set; lines are never broken.
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), message))
     if remedy:

@@ -8,7 +8,7 @@ from deploykit.cli.command import Result, deploykit_command
 
 
 @deploykit_command(
-    help="Sign each TARGET: an export, a model's folder in a repository, or a bundle. The signature goes to TARGET/model.sig, or beside a file to TARGET.sig."
+    help="Sign each TARGET: an export, a model's folder in a repository, or a bundle. The signature goes to TARGET/model.sig, or for a file to TARGET.sig."
 )
 @click.argument("targets", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--key", metavar="PRIVATE_KEY", type=click.Path(path_type=Path, dir_okay=False), required=True,

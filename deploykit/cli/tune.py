@@ -40,7 +40,7 @@ from deploykit.text_table import text_table
     "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement."
 )
 @option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path), metavar="FILE.json",
-        help="File for all measurements; an .html page is written beside it. [default: tune-TARGET.json]")  # fmt: skip
+        help="File for all measurements; an .html page is written next to it. [default: tune-TARGET.json]")  # fmt: skip
 @FORCE
 def command(
     *,

@@ -66,7 +66,7 @@ def answer_file(
     Raises DataError for the first row that fails if ``on_error`` is "stop": for one that is malformed or has no text,
     before any work.
 
-    Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
+    Until it is complete, the file has a temporary name next to ``out``; a run with the same ``key`` (all that
     determines the answers: the model's digest too) continues it. Raises ArtifactError when a run with another key has
     left such a file; ``force`` removes it.
     """

@@ -54,7 +54,7 @@ def answer_folder(source: str, output: str, answer: Answer, *, settings: str, fo
                 done = read_answered(lines)
         else:
             written.makedirs(str(out.parent), exist_ok=True)
-            written.pipe_file(mark, key.encode())  # before the answers: where they exist, it says from what
+            written.pipe_file(mark, key.encode())  # written before the answers, so that existing answers always have it
             done = _answer_copy(files, f"{root}/{name}", written, out, answer)
         rows, resumed = rows + done.rows, resumed + done.resumed
         problems += [f"{name}: {problem}" for problem in done.problems]

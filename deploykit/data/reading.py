@@ -15,7 +15,7 @@ _OPTIONS = ("encoding", *_TABLE_OPTIONS)
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a file of rows; options that are None are detected from the file.
+    """Options for reading a file of rows; options that are None are detected from the file.
 
     Attributes:
         encoding: of text files. None: UTF-8, or as the byte order mark says.

@@ -129,7 +129,7 @@ def require_columns(given: Sequence[str], names: Sequence[str], source: str, opt
 
 
 def detect_text_column(names: Sequence[str], labels: Sequence[str], source: str) -> str:
-    """Choose the column with a usual name, or the only one beside the ``labels``. Raises DataError if there is none."""
+    """Choose the column with a usual name, or the only one apart from the ``labels``. Raises DataError if there is none."""
     rest = [n for n in names if n not in labels]
     found = first_usual(TEXT_COLUMNS, rest)
     if found is None and (len(names) <= 2 or len(labels) > 1):

@@ -44,7 +44,7 @@ _OF_ROWS = ("calibration_split", "calibration_data", "calibration_rows")
 
 @dataclass(frozen=True)
 class CalibrationOptions(Reading):
-    """How files of rows are read (``Reading``), and what INT8 is calibrated on: ``calibration_rows`` (None: 512) of the
+    """Options for reading files of rows (``Reading``), and the rows that INT8 is calibrated on: ``calibration_rows`` (None: 512) of the
     run's own split ``calibration_split`` (None: train), or of the data file ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
     trained elsewhere; ``text_column`` and ``label_column`` are a classifier's columns in files of rows, and two of
     ``text_column`` say that a checkpoint trained elsewhere reads pairs of texts."""

@@ -54,7 +54,7 @@ class NativeCausalWriter:
     def save(self, path: Path, bits: Bits | None, *, kept: Collection[str] = ()) -> None:
         """Write a file with linear layers of ``bits`` (None: fp32).
 
-        ``kept`` parts (``parts_of``) stay in fp32, or beside INT4 in INT8.
+        ``kept`` parts (``parts_of``) stay in fp32, or with INT4 in INT8.
         """
         a = self._a
         self._begin(bits, frozenset(kept))

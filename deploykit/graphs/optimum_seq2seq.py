@@ -23,7 +23,7 @@ FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 
 
 def save_optimum(folder: Path, architecture: Architecture, ranges: Ranges | None = None) -> list[str]:
-    """Write the three graphs, and their weights beside them. Returns the names of the graphs' files.
+    """Write the three graphs, and their weights next to them. Returns the names of the graphs' files.
 
     The linear layers named in ``ranges`` are U8/S8; the files then end in ``_quantized.onnx``, as optimum's do.
     """

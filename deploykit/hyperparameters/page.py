@@ -58,7 +58,7 @@ def _history(record: Record) -> str:
             value = run["value"]
             if value is None and run["state"] == "pruned" and run["selections"]:
                 last = run["selections"][max(run["selections"], key=int)]
-                # The evaluations are of the metric that steps are chosen by, which may be another than the objective.
+                # The evaluations show the metric that steps are chosen by, which may differ from the objective.
                 axes.plot([run["run"]], [sign * last], "x", color=colour_of(8))
             elif value is not None:
                 fill = colour_of(0) if run["fits"] else "none"

@@ -106,7 +106,7 @@ class SharedStudy:
                     return TakenRun(trial, self._values(trial), lock, continued=True)
             if not new or len(self.runs) >= self._runs:
                 return None
-            # A seed of its own for each run: a search that was killed must not draw the same values again.
+            # Each run has its own seed: a continued search must not draw the same values again.
             self._study.sampler = optuna.samplers.TPESampler(
                 seed=self._seed + 1009 * len(self.runs), n_startup_trials=max(3, min(10, self._runs // 3))
             )
@@ -122,11 +122,11 @@ class SharedStudy:
 
     def report(self, run: TakenRun, done: float, selection: float) -> None:
         """Record an evaluation after the share ``done`` of the run. Raises optuna.TrialPruned to end a bad run."""
-        if not done:  # of the checkpoint as it came
+        if not done:  # of the checkpoint before training
             return
         tenth = max(1, round(_TENTHS * done))
         reported = self._study.get_trials(deepcopy=False)[run.number].intermediate_values
-        if tenth not in reported:  # as it is if the run was continued
+        if tenth not in reported:  # already reported if the run was continued
             run.trial.report(selection, tenth)
         if done < 1 and run.trial.should_prune():
             raise optuna.TrialPruned

@@ -26,7 +26,7 @@ def drift(texts: Sequence[str], new: Sequence[str], properties: Mapping[str, tup
     known = [_words(text) for text in texts]
     found = [_words(text) for text in new]
     vocabulary = set().union(*known) if known else set()
-    # Half of the known rows is asked for words that the other half does not have: new words are common in any rows.
+    # Half of the known rows is searched for words that the other half does not have, because any rows have new words.
     halves = [set().union(*known[i::2]) if known[i::2] else set() for i in (0, 1)]
     properties = {
         "words of a text": ([len(text.split()) for text in texts], [len(text.split()) for text in new]),

@@ -77,7 +77,7 @@ def seen_keys(
 def _texts(task: Task, facts: TaskFacts, source: str, reading: Reading, columns: Mapping[str, Any]) -> list[str]:
     own = {name: value for name, value in columns.items() if name in task.input_columns}
     rows = task.read_inputs(source, facts, reading=reading, columns=own)
-    # Dialogs with their answers are no inputs.
+    # Dialogs that contain their answers are not inputs.
     return [row.text for row in rows if row.text] or [
         text for text, _ in task.read_texts(source, facts, reading=reading, columns=own)
     ]

@@ -264,7 +264,7 @@ def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> 
 
 
 def _streamer(export: Manifest, name: str) -> dict[str, bytes | Path]:
-    """Return NAME_stream, which Triton serves beside the model."""
+    """Return NAME_stream, which Triton serves in addition to the model."""
     model, options = f"{name}{STREAM_SUFFIX}", {"name": f"{name}{STREAM_SUFFIX}", "streams": name}
     manifest = dataclasses.replace(export, kind="model", files={}, options=options, metrics={})
     folder = f"{contents.REPOSITORY}/{model}"

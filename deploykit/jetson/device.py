@@ -229,7 +229,7 @@ def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
             .bundle(manifest.task)
             .load(bundle.version, options["files"], bundle.engine, parameters)
         )
-    except EngineError as error:  # its remedy names an export that the device does not have
+    except EngineError as error:  # its remedy names an export, which the device does not have
         raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
     return model, manifest
 

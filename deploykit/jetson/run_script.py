@@ -41,5 +41,5 @@ exec "$python" -m deploykit.jetson.device "$@"
 
 
 def run_sh(modules: Sequence[str]) -> str:
-    """Return the script for a model that imports ``modules`` beside numpy and an engine."""
+    """Return the script for a model that imports ``modules`` in addition to numpy and an engine."""
     return _RUN_SH.replace("MODULES", ", ".join(("numpy", *modules)))

@@ -258,7 +258,7 @@ def _add_errors(app: FastAPI) -> None:
         return error_response(request.url.path, ApiError("the server failed", 500))
 
     async def closed(request: Request, error: Exception) -> Response:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)  # no one receives it
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody receives it
 
     app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(HTTPException, no_route)

@@ -85,7 +85,7 @@ class AccessLog:
 
     def close(self) -> None:
         if self._file is not sys.stderr:
-            with suppress(OSError):  # what a full disk did not take
+            with suppress(OSError):  # text that a full disk did not accept
                 self._file.close()
 
     def write(self, call: Call) -> None:

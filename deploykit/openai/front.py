@@ -75,7 +75,7 @@ class Front:
         self._metrics.in_flight.inc()
         try:
             if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
-                # A proxy may have read another body than we would.
+                # A proxy may have read the body differently.
                 await self._refuse(_TWO_LENGTHS, scope, receive, watched)
             elif opened:
                 await self._app(scope, receive, watched)
@@ -119,7 +119,7 @@ class Front:
         elif send.streams:
             scope[SCOPE].error = "timeout"
             body = {"error": fault.message} if is_kserve(scope["path"]) else fault.body()
-            # A client that reads nothing does not take it.
+            # It cannot be sent to a client that reads nothing.
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(
                     send({"type": "http.response.body", "body": event(body).encode()}), _LAST_EVENT_S

@@ -132,7 +132,7 @@ class GenerationBody(Body):
     def sampling(self) -> dict[str, Any]:
         """Return the given fields under deploykit's names; missing fields take the model's own values, except the seed."""
         given = {ours: getattr(self, theirs) for theirs, ours in _SAMPLING.items()}
-        if self.seed is None:  # who asks again for another answer gets one
+        if self.seed is None:  # so that a repeated request gets another answer
             given["seed"] = secrets.randbelow(2**32)
         format = self.structured_outputs or self.response_format
         constraint = format.constraint() if format is not None else {}

@@ -109,7 +109,7 @@ class TritonRoutes:
     ) -> Response:
         """Forward a request. With ``again``, retry a request that was lost because a model process died."""
         if self._session is None:
-            # Encoded answers are passed on as they are; whoever waits sets the limit of time.
+            # Encoded answers are forwarded unchanged; the caller sets the time limit.
             self._session = aiohttp.ClientSession(
                 auto_decompress=False,
                 connector=aiohttp.TCPConnector(limit=0),

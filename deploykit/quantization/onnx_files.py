@@ -13,7 +13,7 @@ _EXTERNAL_BYTES = 1024
 
 
 def data_file(graph: Path) -> Path:
-    """Return the file of weights beside a graph."""
+    """Return the weights file of a graph."""
     return graph.with_name(f"{graph.name}_data")
 
 
@@ -36,7 +36,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def save_with_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, and its weights to a file beside it. They leave the memory."""
+    """Write a graph, and its weights to a separate file. The weights leave the memory."""
     data_file(path).unlink(missing_ok=True)  # onnx would append to it
     location = data_file(path).name
     onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=_EXTERNAL_BYTES)

@@ -253,7 +253,7 @@ class DecodeLoop(Generic[Model]):
         for unit in done:
             request = self._request_by_unit.pop(id(unit), None)
             if request is None:
-                continue  # its request failed with an earlier step
+                continue  # its request failed in an earlier step
             request.left -= 1
             if not request.left:
                 request.done = time.time_ns()
@@ -297,7 +297,7 @@ class DecodeLoop(Generic[Model]):
         self._tokens += self.model.decoder.tokens
         try:
             self.model = self._load()
-        except Exception as failure:  # the next step fails too, and tries again
+        except Exception as failure:  # the next step fails too, and loads the model again
             self._log_error(failure)
 
     def _report_load(self) -> None:

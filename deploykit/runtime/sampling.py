@@ -218,7 +218,7 @@ def _number(written: str, name: str, value: Any) -> float | int:
     low, high = _RANGES[name]
     whole = name not in _FRACTIONS
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # no NaN is
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # false for NaN
         raise UsageError(
             f"{written} is {value!r}",
             f"give a whole number from {low} to {high}" if whole else f"give a number from {low:g} to {high:g}",
@@ -360,7 +360,7 @@ class Sampler:
             return logits
         banned = logits.copy()
         banned[self._ends] = -np.inf
-        # A constraint that is fulfilled may allow the end alone.
+        # A fulfilled constraint may allow only the end token.
         return banned if np.isfinite(banned.max()) else logits
 
     def _drawn(self, logits: Logits) -> int:

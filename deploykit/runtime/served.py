@@ -30,7 +30,7 @@ from deploykit.runtime.triton_messages import RELOADING
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
-_MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's limit of 8 MiB, and Triton's of 64
+_MAX_REQUEST_BYTES = 4 << 20  # the whole request stays below the OpenAI port's limit of 8 MiB
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 LOST = (400, 404, 500, 503)

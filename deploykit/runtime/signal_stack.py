@@ -31,5 +31,5 @@ def kept_signal_stack() -> Iterator[None]:
     try:
         yield
     finally:
-        if library.sigaltstack(ctypes.byref(before), None) != 0:  # too small for what AMX saves: the usual stack is not
+        if library.sigaltstack(ctypes.byref(before), None) != 0:  # too small for AMX registers
             library.sigaltstack(ctypes.byref(_Stack(None, _DISABLED, 0)), None)

@@ -112,7 +112,7 @@ class TokenDecoder:
             return "bytes"
         fused = names.index("Fuse") if "Fuse" in names else len(names)
         local = all(name in _LOCAL for name in names[:fused])
-        # Of the whole text only its beginning may be stripped: that concerns the first piece alone.
+        # Only the beginning of the text may be stripped, which affects only the first piece.
         strips = all(step["type"] == "Strip" and step["stop"] == 0 for step in steps[fused + 1 :])
         return "tokens" if local and strips else "whole"
 

@@ -34,7 +34,7 @@ def distribution(
         logits = logits[ids]
     else:
         ids = np.arange(len(logits))
-    with np.errstate(over="ignore"):  # a low temperature leaves the likeliest token alone
+    with np.errstate(over="ignore"):  # with a low temperature, only the likeliest token is left
         shares = np.exp((logits - logits.max()) / np.float32(max(temperature, 1e-30)))
 
     def keep(places: NDArray[np.int64]) -> None:

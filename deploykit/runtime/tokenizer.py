@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from deploykit.errors import ArtifactError
 
-_MARGIN = 16  # The tokens beside a cut may differ from those of the whole text.
+_MARGIN = 16  # The tokens next to a cut may differ from those of the whole text.
 
 
 @dataclass(frozen=True)

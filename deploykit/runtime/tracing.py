@@ -28,7 +28,7 @@ stage_cpu_ns: Counter[str] = Counter()
 def trace_headers() -> dict[str, str]:
     """Return the headers that make the receiver of a request part of the caller's trace (W3C Trace Context)."""
     headers: dict[str, str] = {}
-    if propagate := sys.modules.get("opentelemetry.propagate"):  # else nothing can have begun a trace
+    if propagate := sys.modules.get("opentelemetry.propagate"):  # without the package no trace can have begun
         propagate.inject(headers)
     return headers
 

@@ -55,7 +55,7 @@ class FailedError(RefusedError):
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # Engines have exceptions of their own.
+    # Each engine has its own exceptions.
     return isinstance(error, MemoryError) or re.search("bad_alloc|allocat.* memory", str(error)) is not None
 
 

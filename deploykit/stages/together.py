@@ -118,8 +118,8 @@ def _wait(started: Sequence[subprocess.Popen[str]], folder: Path) -> None:
             with suppress(subprocess.TimeoutExpired):
                 started[0].wait(_GRACE_S)
             codes = [process.poll() for process in started]
-            # The others fail after one that a signal has ended. What is wrong with the options or rows, each process finds:
-            # the first one tells it.
+            # If a signal ended one process, the others fail after it. Every process finds errors in the options or rows:
+            # the first one reports them.
             killed = [rank for rank, code in enumerate(codes) if code and code < 0]
             rank = [*killed, *(rank for rank, code in enumerate(codes) if code)][0]
             raise _error(rank, len(started), started[rank].returncode, folder)

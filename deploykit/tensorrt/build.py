@@ -103,7 +103,7 @@ def build_engine(
     inputs: Inputs = CLASSIFIER_INPUTS,
     weights: Path | None = None,
 ) -> EngineRecord:
-    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write engine, record and builder's log beside it.
+    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write engine, record and builder's log next to it.
 
     ``calibration`` is the digest of the ranges in an INT8 graph, ``weights`` the file with its external weights. An
     engine built before from the same graph, options, builder and GPU is taken from the user's cache.

@@ -18,7 +18,7 @@ class Averaging(TrainerCallback):  # type: ignore[misc]
     """Evaluates, and at the end returns, an average of the weights instead of those of a step.
 
     With ``ema_decay`` the average is exponential: each step keeps that share of it, less in the first steps. With ``swa_start`` it is
-    the mean of all steps after that share of the run (Izmailov et al., UAI 2018). The average is saved beside each checkpoint,
+    the mean of all steps after that share of the run (Izmailov et al., UAI 2018). The average is saved with each checkpoint,
     so that a killed run continues with it, and that of the best evaluation is returned.
     """
 
@@ -57,7 +57,7 @@ class Averaging(TrainerCallback):  # type: ignore[misc]
     def _kept(self, step: int, steps: int) -> float:
         """Return the share of the average that stays after ``step``."""
         if self._decay:
-            return min(self._decay, step / (step + 9))  # else the checkpoint as it came would dominate
+            return min(self._decay, step / (step + 9))  # otherwise the initial checkpoint would dominate
         averaged = step - max(1, round(self._start * steps))
         return averaged / (averaged + 1) if averaged > 0 else 0.0
 

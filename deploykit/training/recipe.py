@@ -41,7 +41,7 @@ def recipe_of(options: FinetuneOptions, chosen: Recipe) -> Recipe:
     found = {}
     for name in _SHOWN:
         value = getattr(options, name, None)
-        # Steps take the place of epochs.
+        # Steps replace epochs.
         if value is None or (name == "max_steps" and not value) or (name == "num_train_epochs" and options.max_steps):
             continue
         if name in chosen:

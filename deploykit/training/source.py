@@ -69,7 +69,7 @@ def check_source(model: str, task: str | None = None) -> None:
         missing = [name for name in sets[0] if not (path / name).is_file()] if family in _TOKENIZER_SETS else []
         raise ArtifactError(
             f"{model}: has no {', '.join(missing) or 'tokenizer'}",
-            f"copy {', '.join(missing) or 'tokenizer.json'} beside config.json",
+            f"copy {', '.join(missing) or 'tokenizer.json'} to the folder of config.json",
         )
 
 

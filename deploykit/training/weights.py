@@ -229,7 +229,7 @@ class _Differences:
 
 def _compare(model: Any, weights: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> _Differences:
     missing = set(report["missing_keys"])
-    # transformers passes over these in silence; those that it does not save either are computed, not learned.
+    # transformers ignores these silently; keys that it does not save either are computed, not learned.
     silent, computed = (
         _matching(getattr(model, name, None)) for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save")
     )

@@ -311,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if "Transfer-Encoding" in self.headers or "Content-Encoding" in self.headers:
                     raise _Bad("a request must have a Content-Length and no transfer encoding", 411)
                 done = answer(self.model, method, self.path, self.rfile.read(length), binary_from)
-            except _Bad as bad:  # the body is unread, so the connection cannot be reused
+            except _Bad as bad:  # the body has not been read, so the connection cannot be reused
                 self.close_connection = True
                 done = _json({"error": str(bad)}, bad.status)
             self.send_response(done.status)

@@ -114,7 +114,7 @@ def model_loads(before: Reading, after: Reading) -> list[ModelLoad]:
 
     def load(model: str) -> ModelLoad:
         def change(name: str) -> float:
-            # A server that started again counts from 0.
+            # A restarted server counts from 0.
             now, past = after.sum(name, model=model), before.sum(name, model=model)
             return now - past if now >= past else now
 

@@ -197,7 +197,7 @@ class TritonProcess:
         self._popen.kill()
         self._popen.wait()
         self.stubs = []
-        for process in psutil.process_iter():  # Triton has ended, so it starts no more
+        for process in psutil.process_iter():  # Triton has ended, so it starts no more stubs
             with contextlib.suppress(psutil.Error):
                 if any(self._launch.mark in word for word in process.cmdline()):
                     process.kill()

@@ -93,7 +93,7 @@ def package(
 ) -> Packaged:
     """Add an export to a model repository as the next version of ``name``.
 
-    Unless ``stream`` is off, a translation model gets a second model beside it, NAME_stream, which sends the sentences
+    Unless ``stream`` is off, a translation model gets a second model, NAME_stream, which sends the sentences
     of a document as each is translated. With ``require_signature``, a public key, the export must be signed with its
     private key. ``draft_model``: the export of a smaller language model, whose weights are packaged too: it guesses tokens.
     Raises UsageError for a bad name or setting, ArtifactError when the export lacks the graph or is not

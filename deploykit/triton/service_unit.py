@@ -10,7 +10,7 @@ _UNIT = """\
 [Unit]
 Description=deploykit serve
 After=network.target
-# Start again however often it ends.
+# Restart the server, however often it ends.
 StartLimitIntervalSec=0
 
 [Service]

@@ -1,4 +1,4 @@
-"""Tune a packaged model: serve it with many settings, find the best within the limits, and put them to use."""
+"""Tune a packaged model: serve it with many settings, find the best within the limits, and apply them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def tune(
     command: str,
     say: Callable[[str], None],
 ) -> Tuning:
-    """Search, write ``out`` (JSON) and the page beside it, and put the best settings to use.
+    """Search, write ``out`` (JSON) and its page, and apply the best settings.
 
     The present settings stay unless others are better beyond the noise. ``engines`` and ``precisions`` restrict the
     search; without the export, both stay as packaged. A killed search continues from OUT.search.json. Raises

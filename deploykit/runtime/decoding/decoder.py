@@ -21,7 +21,7 @@ from deploykit.runtime.generation import MAX_ROWS, DecodedTask
 from deploykit.runtime.search import Beam, Rules
 
 MAX_CACHE_BYTES = 1 << 30
-_MULTI_STEP_S = 0.002  # how long a model may take steps by itself; requests that arrive meanwhile have to wait
+_MULTI_STEP_S = 0.002  # how long a model may take steps by itself; requests that arrive in this time have to wait
 _JOIN_SHARE = 8  # a full batch admits sentences when an eighth of its rows is free: encoding them one by one is slow
 
 
@@ -115,7 +115,7 @@ class Decoder:
         try:
             run_side_by_side(decoders, first, coming, finish, most=most, pool=self._pool)
         except BaseException:
-            del self._side_by_side[n]  # their state is unusable: they still hold sentences
+            del self._side_by_side[n]  # their state is unusable, because they still contain sentences
             raise
         for decoder in decoders:
             self.seconds.add(decoder.seconds, 1 / n)
@@ -161,7 +161,7 @@ class Decoder:
     def _join(self) -> None:
         """Move waiting sentences into the batch while rows and cache memory allow it."""
         if not self.running:
-            self._recall_successors()  # the sentences they were to replace were all cancelled
+            self._recall_successors()  # all sentences that they were to replace were cancelled
         free = self.max_rows - self.model.rows
         if not self.waiting or (self.running and free < self.max_rows // _JOIN_SHARE):
             return

@@ -144,7 +144,7 @@ class OnnxCausalLm:
         max_rows: int = MAX_ROWS,
         max_cache_bytes: int | None = None,
     ) -> None:
-        # Here, because other engines' language models need no ONNX Runtime.
+        # Imported here, because the language models of other engines do not need ONNX Runtime.
         from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
         self._session = open_session(graph, session_options(threads, spin=True))
@@ -162,7 +162,7 @@ class OnnxCausalLm:
             _RowCaches(max_rows, self._heads, min(context, max(self.max_tokens, 1)), self._size) for _ in self._caches
         ]
         self._past = np.zeros(max_rows, np.int32)
-        self._touched = np.zeros(max_rows, np.int64)  # tokens for which a row's memory became real
+        self._touched = np.zeros(max_rows, np.int64)  # number of tokens whose memory is allocated, by row
         self._tokens = np.zeros((max_rows, 1), np.int64)
         self._numbers = np.arange(max_rows)
         self._total = np.zeros((), np.int32)
@@ -170,7 +170,7 @@ class OnnxCausalLm:
         self._read: Logits = np.empty((1, self.vocabulary), np.float32)
         self._step = self._session.io_binding()
         self._bound = 0
-        self._logits.fill(0)  # memory becomes real now, and not while the first requests wait
+        self._logits.fill(0)  # allocate memory now, and not while the first requests wait
         self._least = 1 if max_rows == 1 or self._same_alone() else 2
 
     def begin(self) -> None:

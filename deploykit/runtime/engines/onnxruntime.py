@@ -69,7 +69,7 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what it logs as an error it also raises
+    options.log_severity_level = 4  # it also raises what it logs as an error
     # Waiting threads must leave the CPU to the server and the tokenizer.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -31,7 +31,7 @@ class OnnxRuntimeCudaEngine:
         )
         if PROVIDER not in ort.get_available_providers():
             raise fell_back
-        ort.preload_dlls()  # finds CUDA and cuDNN in the packages that PyTorch brings
+        ort.preload_dlls()  # finds CUDA and cuDNN in the packages that PyTorch installs
         # fp32 means fp32: TF32 would round the inputs of every product to 10 bits.
         cuda = (PROVIDER, {"device_id": device, "use_tf32": 0})
         try:

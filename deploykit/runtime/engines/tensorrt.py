@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX: run engines that ``deploykit export --trt`` built, on an NVIDIA GPU.
 
-An engine is tied to the version that built it and to a GPU, both named in the JSON record beside it. The record is
+An engine is tied to the version that built it and to a GPU, both named in the JSON record next to it. The record is
 checked first: an engine that cannot run here is never deserialized.
 
 Each run of one shape, copies included, becomes a CUDA graph. This works because callers allocate all memory at the
@@ -91,7 +91,7 @@ class EngineRecord:
         return f"{self.command} --builder {self.builder} --gpu {target} --force"
 
     def save(self, file: Path) -> None:
-        """Write the record beside the engine ``file``."""
+        """Write the record next to the engine ``file``."""
         record_path(file).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
@@ -199,7 +199,7 @@ class Job:
 
 
 class LoadedEngine:
-    """The engine in ``file``, loaded on GPU ``device``, or ``beside`` another engine whose GPU and ``stream`` it
+    """The engine in ``file``, loaded on GPU ``device``, or with ``beside`` on the GPU of another engine, whose ``stream`` it
     shares.
 
     One caller at a time, in a thread that has entered the ``gpu``. ``inputs`` and ``outputs`` are names, in the

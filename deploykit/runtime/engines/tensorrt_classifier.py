@@ -14,7 +14,7 @@ from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine,
 
 
 class TensorRtEngine:
-    """An encoder on TensorRT. ``graph`` is an engine with its record beside it; ``threads`` is ignored."""
+    """An encoder on TensorRT. ``graph`` is an engine with its record next to it; ``threads`` is ignored."""
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._loaded = loaded = LoadedEngine(graph, device)

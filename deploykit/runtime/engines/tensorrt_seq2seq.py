@@ -87,7 +87,7 @@ class TensorRtSeq2Seq:
     """
 
     pads = True
-    rows_of_a_worker = sys.maxsize  # one step of all rows uses a GPU better than several side by side
+    rows_of_a_worker = sys.maxsize  # one step of all rows uses a GPU better than several parallel steps
     _self: _Layout  # of the self-attention caches
     _cross: _Layout  # of the cross-attention caches
 

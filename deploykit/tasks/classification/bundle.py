@@ -14,9 +14,9 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier, load_classifier
 from deploykit.tasks.protocol import Predictor
 
-# How far from ONNX Runtime's answers with the same graph an engine's may be, by precision: fused and reordered sums
-# round otherwise, and near a boundary INT8 takes the next step. Chosen well above what such rounding does and well
-# below what a wrong engine does.
+# Largest distance of an engine's answers from ONNX Runtime's with the same graph, by precision: fused and reordered sums
+# round differently, and INT8 values near a boundary move to the next step. The limits are well above such rounding and well
+# below the effect of a wrong engine.
 MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.03}
 """The largest difference of a row's probabilities, in the mean of the rows."""
 SAME_ANSWERS = 0.95

@@ -133,7 +133,7 @@ class TorchClassifier:
         check_columns(task, text_columns)
         if (
             getattr(model.config, "pad_token_id", None) is None
-        ):  # a decoder's head reads the last token that is no padding
+        ):  # a decoder's head reads the last token that is not padding
             model.config.pad_token_id = task.pad_token_id
         if not (path / MANIFEST).exists():
             return tried(cls(model, tokenizer, task), str(path))

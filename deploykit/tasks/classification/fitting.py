@@ -120,7 +120,7 @@ class _Fitting(Trainer):  # type: ignore[misc]
             inputs["output_hidden_states"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         share = 1 / (passes * items)
-        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+        if num_items_in_batch is not None:  # over all processes, whose gradients are averaged
             share = share * self.accelerator.num_processes
         if teacher is not None:
             logits, wanted = outputs["logits"].float(), teacher.repeat(passes, 1)
@@ -148,7 +148,7 @@ def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOp
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs["logits"].float()
         twice = bool(options.r_drop and torch.is_grad_enabled())
-        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
         items = num_items_in_batch if num_items_in_batch is not None else labels.numel() // (1 + twice)
         own = None if weights is None else weights.to(logits.device)
         summed = summed_loss(task, logits, labels, options, own)

@@ -65,7 +65,7 @@ class HiddenTeacher:
             projection = nn.Linear(width, wanted, bias=False)
             nn.init.orthogonal_(projection.weight)
             student.model.add_module(_PROJECTION, projection)
-            # Within the forward pass: several processes join the gradients of what it uses.
+            # Within the forward pass, because several processes average the gradients of the parameters that it uses.
             self._hook = student.model.register_forward_hook(_project)
 
     def told(self) -> str:

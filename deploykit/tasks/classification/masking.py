@@ -71,7 +71,7 @@ class MaskedWords:
         with torch.inference_mode():
             scores, tokens = self._model(**batch).logits[places].float().softmax(dim=-1).topk(_LIKELIEST)
         rows = places.nonzero()[:, 0].tolist()
-        # Words beyond the longest input have no place, and stay.
+        # Words beyond the longest input stay unchanged.
         offered = [[i for i, row in enumerate(rows) if row == number] for number in range(len(texts))]
         found = []
         for text, words, own in zip(texts, chosen, offered):

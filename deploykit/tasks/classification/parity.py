@@ -76,7 +76,7 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
                     actual = engine.run(inputs)[0]
                 difference = np.abs(expected - actual)
                 differences.append(difference)
-                # Two labels that PyTorch itself puts closer than the tolerance are a tie.
+                # Two labels whose logits in PyTorch differ by less than the tolerance are a tie.
                 answers, gap = actual.argmax(axis=1), expected.max(axis=1)
                 agreed.append(gap - np.take_along_axis(expected, answers[:, None], axis=1)[:, 0] <= _TOLERANCE)
     all_differences = np.concatenate([d.ravel() for d in differences])

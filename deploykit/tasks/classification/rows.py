@@ -345,7 +345,7 @@ def _indicator_width(cells: Sequence[object], labels: Sequence[str], where: str)
     if not items or not all(item in (0, 1) for item in items):
         return 0
     widths = {len(cell) for cell in lists}
-    # Names stand in a list once; [0], [1] may be the names of two labels.
+    # A list has each name once; [0], [1] may be the names of two labels.
     told = any(len(set(cell)) < len(cell) for cell in lists) or any(isinstance(item, bool) for item in items)
     if told and len(widths) > 1:
         raise DataError(

@@ -29,7 +29,7 @@ from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.training.checkpoint import check_vocabulary
 
 _LONG = " ".join(f"{TEXTS[1]} {i}" for i in range(20))
-_LONGEST = 96  # tokens that the graph is tried with: longer ones take seconds, and find nothing new
+_LONGEST = 96  # longest text that the graph is tried with: longer texts take seconds, and find no other faults
 
 
 def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:

@@ -96,7 +96,7 @@ class ClassificationBackend:
                 return [answer for group in groups for answer in self._scores([group])]
             if isinstance(error, DataError):
                 return [error]
-            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator: it is no answer to a client
+            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator, not for clients
             return [FailedError(error)]
         return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 

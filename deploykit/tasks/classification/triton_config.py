@@ -7,7 +7,7 @@ from string import Template
 from deploykit.runtime.triton_batching import batched
 
 PAIR = """\
-# The second text of the pair that TEXT begins.
+# The second text of the pair; TEXT is the first.
 input { name: "TEXT_PAIR" data_type: TYPE_STRING dims: [ 1 ] }
 """
 
@@ -15,7 +15,7 @@ CLASSIFICATION = Template(
     """\
 # Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
-# Most rows in one request, and in one dynamic batch.
+# Maximum rows in one request, and in one dynamic batch.
 max_batch_size: $max_batch_size
 
 # A text. The backend tokenizes the whole batch: Triton would not merge token tensors of unequal length.
@@ -33,7 +33,7 @@ output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
 """
     + batched("rows", "Rows")
     + """\
-# For clients, to make sense of the scores.
+# For clients, to interpret the scores.
 parameters { key: "labels" value { string_value: '$labels' } }
 parameters { key: "task" value { string_value: '$task' } }
 """

@@ -10,7 +10,7 @@ QUESTION_ANSWERING = Template(
     """\
 # Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
-# Most questions in one request, and in one dynamic batch.
+# Maximum questions in one request, and in one dynamic batch.
 max_batch_size: $max_batch_size
 
 input { name: "QUESTION" data_type: TYPE_STRING dims: [ 1 ] }

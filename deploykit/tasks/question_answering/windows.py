@@ -145,7 +145,7 @@ class PairTokenizer:
         return EncodedContext(text, *(np.concatenate(column) for column in columns))
 
     def room(self, question: Sequence[int]) -> int:
-        """Return how many tokens of a context fit a window beside the question."""
+        """Return the number of context tokens that fit a window with the question."""
         return self._task.max_length - self._template.length - len(question)
 
     def check(self, question: Sequence[int], context: EncodedContext) -> None:

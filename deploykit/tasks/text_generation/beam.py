@@ -38,7 +38,7 @@ class BeamSearch:
         self._least = sampling.min_new_tokens
         self._tokens = np.zeros((sampling.num_beams, 1), np.int64)
         self._scores = np.full(sampling.num_beams, NEVER, np.float32)
-        self._scores[0] = 0.0  # all hypotheses begin equal: go on with the first alone
+        self._scores[0] = 0.0  # all hypotheses start equal: continue only the first
 
     @property
     def finished(self) -> list[Finished]:

@@ -159,7 +159,7 @@ class TorchGenerator(LocalGenerator):
     def score(self, rows: Sequence[EncodedRow]) -> Iterator[RowScore]:
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
-            # Rows of about one length side by side: padding took half of the time.
+            # Batch rows of similar length: padding took half of the time.
             order = sorted(range(len(part)), key=lambda i: len(part[i].ids))
             found = dict(zip(order, super().score([part[i] for i in order])))
             yield from (found[i] for i in range(len(part)))

@@ -22,7 +22,7 @@ _MOST_BINS = 40
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """How many rows were read, dropped for each reason, and kept; their tokens, in all and supervised. ``first``: the
+    """Numbers of rows that were read, dropped for each reason, and kept; their tokens, total and supervised. ``first``: the
     first row that was dropped for some reasons, and what is wrong with it."""
 
     read: int

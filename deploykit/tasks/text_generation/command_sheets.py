@@ -52,7 +52,7 @@ def comment_pairs(sheet: str) -> Iterator[tuple[str, str]]:
             if code:
                 yield from _pair(" ".join(comment), code)
                 comment, code = [], []
-            # A blank line below a comment parts it from code that it is not about.
+            # A blank line below a comment means that the code after it belongs to no comment.
             comment = [*comment, line.strip().lstrip("#").strip()] if line.strip() else []
         else:
             code.append(line)

@@ -339,7 +339,7 @@ class Decoder:
         if self._running_tokens() + reserved > self._model.max_tokens:
             return None
         if self._prefixes.learns(query.prompt, [other.prompt for other in others]):
-            return None  # what they share is read once
+            return None  # a shared prefix is read once
         self._reading = self.waiting.popleft()
         if self._mixing is not None and beside:
             self._mixing.area = self._mixing.new_area()

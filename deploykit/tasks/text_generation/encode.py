@@ -142,7 +142,7 @@ class ChatTokenizer:
         answered = chat.render(row.messages[: index + 1], tools=row.tools)
         if not answered.startswith(prompt):
             return None
-        # Phi-3's template ends a turn with one token, and a dialog that does not go on with another after it.
+        # Phi-3's template ends a turn with one token, and a dialog that does not continue with another token after it.
         ends = (self._end_of_turn(row, index, answered), len(answered))
         found = [
             self._tokens(encoding, len(prompt), end) for end in dict.fromkeys(ends) if text.startswith(answered[:end])

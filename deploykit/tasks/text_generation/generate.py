@@ -130,7 +130,7 @@ def _of_record(record: Record, column: str) -> Question:
         if not isinstance(value, list):
             return _question(record.origin, value)
         if value and isinstance(value[-1], Mapping) and value[-1].get("role") == "assistant":
-            value = value[:-1]  # a row to train on: what it answers is asked again
+            value = value[:-1]  # a training row: its last answer is generated again
         messages = checked_messages(value)
         tools = checked_tools(parsed_cell(record.values.get("tools")))
     except ValueError as error:

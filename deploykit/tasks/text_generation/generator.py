@@ -131,7 +131,7 @@ class LocalGenerator:
                         sent = len(answer.text)
             if query.error is not None:
                 raise query.error
-        except GeneratorExit:  # the caller wants no more
+        except GeneratorExit:  # the caller stopped reading
             query.cancelled = True
             self.decoder.step()
             raise
@@ -173,7 +173,7 @@ class LocalGenerator:
                 for query in self.decoder.step(steadily=False):
                     progress(len(query.answers))
         except BaseException:
-            self._new_decoder()  # its queries are of no use to the next call
+            self._new_decoder()  # its queries must not reach the next call
             raise
         return [generated(query, self.tokenizer) for query in queries]
 

@@ -72,7 +72,7 @@ class Grammars:
 
         try:
             matcher = LLMatcher(tokenizer, _GRAMMARS[name](value), log_level=0)
-        except ValueError as error:  # nested too deeply, or no Unicode text
+        except ValueError as error:  # nested too deeply, or not a Unicode text
             reason = str(error)
         else:
             if matcher.is_error():

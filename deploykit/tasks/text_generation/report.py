@@ -47,7 +47,7 @@ def report(
     """
     values_of = read_columns(
         source, options.slices, reading=reading, split=split
-    )  # what is wrong shows before the wait
+    )  # so that errors in the options show before the work
     measured, problems = measure_file(
         generator, source, sampling, split=split, reading=reading, columns=columns, progress=progress
     )

@@ -206,7 +206,7 @@ def _messages(value: object) -> list[dict[str, Any]]:
 
 
 def _content(content: object, rest: Mapping[str, Any]) -> str:
-    """Return a message's content as a text: its parts joined, and empty beside calls of tools."""
+    """Return a message's content as a text: its parts joined; empty if the message has only tool calls."""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if not all(isinstance(text, str) for text in texts):

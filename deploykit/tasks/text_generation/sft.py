@@ -208,7 +208,7 @@ def sft_trainer(
         model.enable_input_require_grads()
     arguments = trainer.arguments(
         options, len(batches) * processes.count(), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
-        # A run that is taken up again has been evaluated there, and early stopping has counted it.
+        # A continued run has already been evaluated there, and early stopping has counted it.
         eval_on_start=bool(validation) and not any((work / "trainer").glob("checkpoint-*")),
     )  # fmt: skip
     return SftTrainer(

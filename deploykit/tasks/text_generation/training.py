@@ -98,7 +98,7 @@ class TextGenerationStage:
             source, prompt_column=options.prompt_column, completion_column=options.completion_column, prefer=columns,
             reading=options, split=split,
         )  # fmt: skip
-        # An error that is the checkpoint's or the template's must not pass as one of the rows.
+        # An error of the checkpoint or the template must not count as an error of the rows.
         dialogs = any(item.row.messages for item in raw)
         set_template(self.hf_tokenizer, None, self._eos(), needed=dialogs)
         return raw, found

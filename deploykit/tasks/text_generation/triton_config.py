@@ -7,7 +7,7 @@ from string import Template
 TEXT_GENERATION = Template("""\
 # Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
-# One prompt a request, and one answer or many pieces of it: ModelStreamInfer of gRPC, or /generate and /generate_stream
+# One prompt per request, and one answer or many pieces of it: ModelStreamInfer of gRPC, or /generate and /generate_stream
 # of HTTP. Names are those of Triton's vLLM backend.
 max_batch_size: 0
 model_transaction_policy { decoupled: true }
@@ -30,7 +30,7 @@ input { name: "return_num_output_tokens" data_type: TYPE_BOOL dims: [ 1 ] option
 
 # One for each of n answers; while streaming, what is new of each.
 output { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] }
-# "stop", "length", or empty while the answer goes on.
+# "stop", "length", or empty while the answer continues.
 output { name: "finish_reason" data_type: TYPE_STRING dims: [ -1 ] }
 output { name: "cumulative_logprob" data_type: TYPE_FP32 dims: [ -1 ] }
 # JSON: a list with an object for each new token.

@@ -236,7 +236,7 @@ def _table(
     reading: Reading,
     split: str,
 ) -> tuple[Iterator[Record], list[str]]:
-    """Return records with nested fields beside the others, and the columns that the first of them have."""
+    """Return records with nested fields as additional columns, and the columns that the first of them have."""
     if not reading.is_table and plain_suffix(Path(path)) == ".tsv" and Path(path).is_file():
         first = next((line for line in read_lines(Path(path), reading.encoding, newline=ROW_ENDS) if line.strip()), "")
         if _has_no_header(first, given, preferred, languages):

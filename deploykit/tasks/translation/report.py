@@ -51,7 +51,7 @@ def report(
     reading.stop_at(rows.problems)
     values_of = read_columns(
         source, options.slices, reading=reading, split=split
-    )  # what is wrong shows before the wait
+    )  # so that errors in the options show before the work
     pairs, translated, refused = translate_rows(translator, rows.pairs, generation, scored=True, progress=progress)
     values = values_of([pair.origin for pair in pairs])
     hypotheses, references = [one.text for one in translated], [pair.target for pair in pairs]

@@ -2,7 +2,7 @@
 
 Sentence ends are found by punctuation only, in many scripts and without knowing the language: after . ! ? … before
 white space, except after abbreviations and initials and before small letters; after 。 ！ ？ । and similar marks anywhere;
-at every line break. In doubt a sentence goes on: a missed end costs little, because a long sentence is split at its
+at every line break. In doubt a sentence continues: a missed end costs little, because a long sentence is split at its
 clauses, while a false end breaks a sentence.
 """
 

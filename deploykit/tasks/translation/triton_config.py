@@ -7,7 +7,7 @@ from string import Template
 TRANSLATION = Template("""\
 # Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 backend: "deploykit"
-# Most texts in one request.
+# Maximum texts in one request.
 max_batch_size: $max_batch_size
 
 input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
@@ -52,7 +52,7 @@ STREAM = Template("""\
 # Written by `deploykit package`. You may edit it: packaging again keeps it, and checks that it fits.
 # Splits a document into sentences, sends them to the model below, and streams each translation when it is done.
 backend: "deploykit"
-# One document a request, many answers: ModelStreamInfer of gRPC, or /generate_stream of HTTP.
+# One document per request, many answers: ModelStreamInfer of gRPC, or /generate_stream of HTTP.
 max_batch_size: 0
 model_transaction_policy { decoupled: true }
 

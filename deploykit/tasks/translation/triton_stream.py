@@ -66,7 +66,7 @@ class StreamBackend:
         except Exception as error:
             pb_utils.Logger.log_error(traceback.format_exc())
             failed = FailedError(error)
-        # An error is the last response: one that is followed by another crashes Triton 2.51, without the guard, where the
+        # An error must be the last response: without the guard, an error before another response crashes Triton 2.51 if the
         # client asks for gRPC's own status codes (the header triton_grpc_error).
         send_last(sender, failed and failed.response())
 

@@ -68,7 +68,7 @@ class TritonPythonModel:
             config.add_input(dict(tensor))
         present = {output["name"] for output in record["output"]}
         for output in _backend(task, streams).outputs:
-            if output["name"] not in present:  # a present one is more specific: it has the number of labels
+            if output["name"] not in present:  # an existing output is more specific: it has the number of labels
                 config.add_output(dict(output))
         return config
 

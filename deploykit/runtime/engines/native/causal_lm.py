@@ -87,7 +87,7 @@ class NativeCausalLm:
             ReservedArray((*slots, self._longest, value_bytes), np.uint8),
         ]
         self._keys, self._values = (cache.view for cache in self._caches)
-        self._touched = np.zeros(max_rows + 1, np.int64)  # tokens for which a slot's memory became real
+        self._touched = np.zeros(max_rows + 1, np.int64)  # number of tokens whose memory is allocated, by slot
         self._free = list(range(max_rows, 0, -1))
         self.area = _Area(0)
         self._areas = [self.area]

@@ -59,7 +59,7 @@ class NativeEngine:
         self._check(ids, lengths, types)
         if self._weights.padding is None:
             position = np.cumsum(mask, axis=1) - 1
-        else:  # also where a text names the padding token
+        else:  # also if a text contains the padding token
             counted = mask & (inputs["input_ids"] != self._weights.padding)
             position = np.cumsum(counted, axis=1) * counted
         places = (position[mask] + types * self._weights.places).astype(np.int32)

@@ -129,7 +129,7 @@ class NativeModel:
         self._library = _library()
         self._weights = Weights(folder / files[0])
         small = (folder / files[0]).stat().st_size < _SMALL
-        # Decoders side by side each read all weights. With large weights, use one decoder's threads first.
+        # Parallel decoders each read all weights. With large weights, use one decoder's threads first.
         self.rows_of_a_worker = 16 if small else 32
         self._begin(1 if small else threads)
 
@@ -260,7 +260,7 @@ class NativeModel:
         if not selection.penalties:
             self._step(tokens)
             return values, ids
-        # The library knows no penalties. It answers every row, so that the others' scores are the same bits as without.
+        # The library has no penalties. It computes every row, so that the scores of other rows are the same bits as without penalties.
         self._choice.logits, self._selection_of = self._room_for_logits().ctypes.data, None
         self._step(tokens)
         rows = sorted({row for row, _, _ in selection.penalties})

@@ -1,4 +1,4 @@
-"""How far a classifier's probabilities can be trusted, and the temperature that corrects them."""
+"""Measure the calibration of a classifier's probabilities, and fit the temperature that corrects it."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def count_flips(
     for group, members in swaps.items():
         for source, words in members.items():
             for target in (other for other in members if other != source):
-                counterparts = dict(reversed([*zip(words, members[target])]))  # of equal words the first counts
+                counterparts = dict(reversed([*zip(words, members[target])]))  # of equal words the first one is used
                 swapped = {i: text for i, e in enumerate(examples) if (text := _swapped(e, counterparts)) is not None}
                 if not swapped:
                     continue
@@ -117,7 +117,7 @@ def _swapped(example: Example, counterparts: Mapping[str, str]) -> str | None:
 
     def replace(match: re.Match[str]) -> str:
         word = match.group()
-        other = counterparts.get(word.lower(), word)  # IGNORECASE takes more letters for equal than lower() does
+        other = counterparts.get(word.lower(), word)  # IGNORECASE treats more letters as equal than lower() does
         return other.upper() if len(word) > 1 and word.isupper() else other.capitalize() if word[0].isupper() else other
 
     parts = [example.text, *([] if example.text_pair is None else [example.text_pair])]

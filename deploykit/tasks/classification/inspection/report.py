@@ -53,7 +53,7 @@ def report(
     reading.stop_at(rows.problems)
     values_of = read_columns(
         source, options.slices, reading=reading, split=split
-    )  # what is wrong shows before the wait
+    )  # so that errors in the options show before the work
     answered = answer_rows(predictor, rows, progress)
     found = evaluation(task, rows, answered)
     examples, truth, scores = answered.examples, answered.truth, answered.scores
