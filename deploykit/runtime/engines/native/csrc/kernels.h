@@ -50,7 +50,7 @@ typedef struct {
 struct Kernels {
     const char *name;
     int32_t zero; /* added to quantized activations: 128 if products need unsigned ones */
-    int32_t rows, matrix_rows; /* that tile (up to MOST_TILE_ROWS) and multiply (up to MATRIX_ROWS) take at most */
+    int32_t rows, matrix_rows; /* maximum rows of tile (up to MOST_TILE_ROWS) and multiply (up to MATRIX_ROWS) */
     int32_t unit;              /* groups of rows begin at multiples of it */
     int32_t panels;            /* that multiply takes at most, up to MOST_PANELS */
     int32_t queries;           /* that attend_head takes at most, up to TEXT_QUERIES */

@@ -20,7 +20,7 @@
 #define MOST_ROWS 6  /* of a tile in registers */
 #define MOST_TILE_ROWS 256 /* of any tile */
 #define TILE_BYTES 64
-#define TILE_UNIT 16       /* buffers of quantized rows have so many more, because AMX reads rows by 16 */
+#define TILE_UNIT 16       /* additional rows in buffers of quantized rows, because AMX reads 16 rows at a time */
 #define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64
 #define TEXT_QUERIES 16 /* of a classifier's attention, computed together at most */

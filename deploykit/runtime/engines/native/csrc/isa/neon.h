@@ -60,7 +60,7 @@ INLINE Floats f_mul(Floats a, Floats b) { FLOATS(vmulq_f32(a.v[i], b.v[i])); }
 INLINE Floats f_div(Floats a, Floats b) { FLOATS(vdivq_f32(a.v[i], b.v[i])); }
 INLINE Floats f_fma(Floats a, Floats b, Floats c) { FLOATS(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 INLINE Floats f_fms(Floats a, Floats b, Floats c) { FLOATS(vfmaq_f32(vnegq_f32(c.v[i]), a.v[i], b.v[i])); }
-/* FMAX and FMIN differ from the reference if a value is no number, or if both are zeros. */
+/* FMAX and FMIN differ from the reference if a value is not a number, or if both are zeros. */
 INLINE Floats f_max(Floats a, Floats b) { FLOATS(vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 INLINE Floats f_min(Floats a, Floats b) { FLOATS(vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 INLINE Floats f_abs(Floats x) { FLOATS(vabsq_f32(x.v[i])); }

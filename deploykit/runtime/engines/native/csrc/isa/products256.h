@@ -6,7 +6,7 @@
 
 /* ---- linear layers ---- */
 
-/* Broadcast four bytes. Each ``use`` loads them again: all rows' bytes do not fit the registers beside the sums, and the
+/* Broadcast four bytes. Each ``use`` loads them again: all rows' bytes and the sums do not fit the registers, and the
  * compiler would spill them. Sanitizers leave no register for assembler. */
 #ifdef __SANITIZE_ADDRESS__
 #define FOUR_BYTES(x, use) \

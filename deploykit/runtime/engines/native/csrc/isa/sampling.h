@@ -1,4 +1,4 @@
-/* Kernels on the logits of a whole vocabulary, to draw a token from them. */
+/* Kernels on the logits of a whole vocabulary, to sample a token from them. */
 #pragma once
 
 static float highest_of(const float *x, int n) {
