@@ -57,7 +57,7 @@ def render_classification(suite: Record) -> str:
     if "serving" in suite:
         lines += [
             "",
-            "**The demo's classifier behind three servers, one text a request**",
+            "**The demo's classifier behind three servers, one text per request**",
             "",
             *_servers(suite["serving"]),
         ]
@@ -93,8 +93,8 @@ def render_generation(suite: Record) -> str:
     for workload in suite["workloads"]:
         if any(c["name"].startswith("deploykit native") for c in workload.get("contenders", ())):
             lines[0] += (
-                " While few rows run, `native` guesses tokens that the text had before, and answers here repeat themselves: "
-                "its speed at 1 and 8 rows is not that of its kernels, which docs/engines.md has."
+                " While few rows run, `native` guesses tokens from repetitions in the text, and these answers repeat themselves. So "
+                "the speed with 1 and 8 rows is not that of the kernels alone; docs/engines.md has that."
             )
         rows = _generation if workload["key"] == "process" else _streams
         lines += ["", *rows(workload, settings)]
@@ -145,7 +145,7 @@ def render_finetuning(suite: Record) -> str:
     base = next((c for c in contenders if c["name"] == TRAINING_BASE), None)
     lines = [
         f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, {contenders[0]['tokens']:,} tokens of the demo's rows, one epoch at "
-        f"the same learning rate, {_rounds(suite['settings']['rounds'])}. The loss is that of a validation token, {contenders[0]['loss_before']:.2f} before training."
+        f"the same learning rate, {_rounds(suite['settings']['rounds'])}. The loss is per validation token; before training it was {contenders[0]['loss_before']:.2f}."
         + _load_told(suite),
         "",
         *_head("tokens/s", f"against {TRAINING_BASE}", "loss"),
@@ -175,7 +175,7 @@ def render_instruction_sets(suite: Record) -> str:
 def _load_told(suite: Record) -> str:
     """Return a sentence if other programs made the figures unreliable."""
     busy = max(load["cpu_percent"] for load in suite["load_before"])
-    return f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""
+    return f" Other programs used up to {busy:.0f}% of the CPUs: these figures are not final." if busy > _BUSY else ""
 
 
 def _rounds(count: int) -> str:
@@ -202,7 +202,7 @@ def render_answering(suite: Record) -> str:
         article = suite["article"]
         lines += [
             "",
-            f"**Questions on an article of {article['characters']:,} characters, one a call; then {article['questions']} in one call**",
+            f"**Questions on an article of {article['characters']:,} characters, one per call; then {article['questions']} in one call**",
             "",
             *_head("p50 ms", "questions/s", "multiple of transformers"),
             *_answerers(article, "questions_per_s", (), "p50_ms"),
@@ -269,7 +269,7 @@ def render_exactness(result: Record) -> str:
 def render_methods(result: Record) -> str:
     """Return Markdown: a table per model, a row per precision, calibration method and engine."""
     lines = [
-        f"{_when_and_where(result)}. Every linear layer that can be is INT8, whatever accuracy that costs. ONNX Runtime runs the "
+        f"{_when_and_where(result)}. Every linear layer that can be quantized is INT8, regardless of the loss of accuracy. ONNX Runtime runs the "
         "graphs made for TensorRT; the count of INT8 products comes from TensorRT-RTX's build log."
     ]
     for workload in result["workloads"]:
@@ -464,10 +464,10 @@ def render_defaults(suite: Record) -> str:
     """Return Markdown: a row for each set, with the macro-F1 of a run without options and of the best run of a search."""
     lines = [
         f"`finetune` without options and the best run of a search: {_when_and_where(suite)}, {suite['threads']} thread, "
-        "all-MiniLM-L6-v2, bf16 where the CPU has it. Macro-F1 of the test rows in points, with its 95 % interval over rows; the "
-        "search takes the run that is best on the validation rows. A negative difference: the search is better.",
+        "all-MiniLM-L6-v2, bf16 if the CPU has it. Macro-F1 of the test rows in points, with its 95 % interval over rows. The "
+        "search chooses the best run on the validation rows. A negative difference means that the search is better.",
         "",
-        *_head("rows to train on, validate on, test on", "chosen", "macro-F1", "runs of the search (ended early)",
+        *_head("rows for training, validation, test", "defaults", "macro-F1", "runs of the search (ended early)",
                "its best run", "macro-F1", "difference"),
     ]  # fmt: skip
     for found in suite["workloads"]:

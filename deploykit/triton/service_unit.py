@@ -19,10 +19,10 @@ WorkingDirectory={folder}
 ExecStart={command}
 Restart=always
 RestartSec=0.2
-# SIGTERM lets requests finish. What is left when the main process ends is killed, and with it frees the ports.
+# SIGTERM lets requests finish. Processes that remain when the main process ends are killed, which frees the ports.
 KillMode=mixed
 TimeoutStopSec={stop:g}
-# A model process that is killed for its memory does not end the service: it is loaded again.
+# If the kernel kills a model process because memory is short, the service continues and loads the model again.
 OOMPolicy=continue
 NoNewPrivileges=true
 ProtectSystem=full

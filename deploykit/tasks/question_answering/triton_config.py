@@ -14,10 +14,10 @@ backend: "deploykit"
 max_batch_size: $max_batch_size
 
 input { name: "QUESTION" data_type: TYPE_STRING dims: [ 1 ] }
-# Empty (not in a request's first question): the context of the question before.
+# Empty (not in a request's first question): the context of the previous question.
 input { name: "CONTEXT" data_type: TYPE_STRING dims: [ 1 ] }
 
-# Empty if the context holds no answer.
+# Empty if the context has no answer.
 output { name: "ANSWER" data_type: TYPE_STRING dims: [ 1 ] }
 # Begin and end of the answer in CONTEXT, in code points; both 0 without an answer.
 output { name: "START" data_type: TYPE_INT32 dims: [ 1 ] }
@@ -26,9 +26,9 @@ output { name: "END" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
 # Log-odds of no answer against the best one.
 output { name: "NONE" data_type: TYPE_FP32 dims: [ 1 ] }
-# Empty, or why this question alone was refused.
+# Empty, or the reason why this question was refused.
 output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
-# Best first; as many as the request parameter top_k asks for, then empty ones.
+# Best answers first, as many as the request parameter top_k says, then empty ones.
 output { name: "TOP_ANSWERS" data_type: TYPE_STRING dims: [ -1 ] }
 output { name: "TOP_STARTS" data_type: TYPE_INT32 dims: [ -1 ] }
 output { name: "TOP_ENDS" data_type: TYPE_INT32 dims: [ -1 ] }

@@ -28,7 +28,7 @@ input { name: "return_logprobs" data_type: TYPE_BOOL dims: [ 1 ] optional: true 
 input { name: "return_num_input_tokens" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 input { name: "return_num_output_tokens" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 
-# One for each of n answers; while streaming, what is new of each.
+# One text for each of n answers; while streaming, the new part of each.
 output { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] }
 # "stop", "length", or empty while the answer continues.
 output { name: "finish_reason" data_type: TYPE_STRING dims: [ -1 ] }
@@ -38,20 +38,20 @@ output { name: "logprobs" data_type: TYPE_STRING dims: [ -1 ] }
 output { name: "num_input_tokens" data_type: TYPE_UINT32 dims: [ 1 ] }
 output { name: "num_output_tokens" data_type: TYPE_UINT32 dims: [ -1 ] }
 
-# No dynamic_batching and no queue policy: each request is passed on at once, and joins the running batch at the next
-# step. max_queue below limits what waits.
+# No dynamic_batching and no queue policy: each request is forwarded at once, and joins the running batch at the next
+# step. max_queue below limits the number of waiting requests.
 
 # Each instance is a process with its own weights and its own running batch: one is best.
 instance_group [ { kind: $kind count: $instances } ]
-# The newest version folder alone is loaded.
+# Triton loads only the newest version folder.
 version_policy { latest { num_versions: 1 } }
 
 # CPU threads per instance; 0: the CPUs, shared among the instances.
 parameters { key: "threads" value { string_value: "$threads" } }
-# Most answers that are decoded at once, and memory of their keys and values in MiB: what does not fit waits.
+# Maximum number of answers that are decoded at once, and memory of their keys and values in MiB; others wait.
 parameters { key: "max_rows" value { string_value: "$max_rows" } }
 parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
-# Most prompts that may wait. Beyond it requests get UNAVAILABLE (503) at once.
+# Maximum number of waiting prompts. Further requests get UNAVAILABLE (503) at once.
 parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
 # For clients.
 parameters { key: "task" value { string_value: '$task' } }

@@ -17,26 +17,26 @@ output { name: "TRANSLATION" data_type: TYPE_STRING dims: [ 1 ] }
 output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
 output { name: "SOURCE_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "TARGET_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
-# "eos", or "length" where the length limit ended it.
+# "eos", or "length" if the length limit ended the translation.
 output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
-# Empty, or why this row alone has no answer (its other outputs are empty or 0).
+# Empty, or the reason why this row has no answer (its other outputs are empty or 0).
 output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
 
-# No dynamic_batching and no queue policy: each request is passed on at once, and its texts join the running batch at
-# the next step. max_queue below limits what waits.
+# No dynamic_batching and no queue policy: each request is forwarded at once, and its texts join the running batch at
+# the next step. max_queue below limits the number of waiting sentences.
 
 # Each instance is a process with its own weights and its own running batch (on each GPU, if KIND_GPU): one is best.
 instance_group [ { kind: $kind count: $instances } ]
-# The newest version folder alone is loaded.
+# Triton loads only the newest version folder.
 version_policy { latest { num_versions: 1 } }
 
 # CPU threads per instance; 0: twice the CPUs, shared among the instances.
 parameters { key: "threads" value { string_value: "$threads" } }
-# Most rows (texts x beams) of one step, and memory of their keys and values in MiB: what does not fit waits.
+# Maximum rows (texts x beams) of one step, and memory of their keys and values in MiB; other rows wait.
 # (TensorRT's profile limits both too, and allocates that memory at the start.)
 parameters { key: "max_rows" value { string_value: "$max_rows" } }
 parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
-# Most sentences that may wait. Beyond it requests get 503 at once, so that under overload answers do not all come late.
+# Maximum number of waiting sentences. Further requests get 503 at once, so that under overload not all answers are late.
 parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
 # 1: texts join the running batch; 0: they wait until all of it is done (to measure the difference).
 parameters { key: "in_flight" value { string_value: "$in_flight" } }
@@ -58,7 +58,7 @@ model_transaction_policy { decoupled: true }
 
 input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
 
-# One sentence with the white space after it. Joined, a document's sentences are its translation.
+# One sentence with the white space after it. The joined sentences of a document are its translation.
 output { name: "TRANSLATION" data_type: TYPE_STRING dims: [ 1 ] }
 # Number of the sentence, from 0, and whether it is the last one.
 output { name: "INDEX" data_type: TYPE_INT32 dims: [ 1 ] }
@@ -69,9 +69,9 @@ output { name: "SOURCE_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "TARGET_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
 
-# It has no weights, and mostly waits for the other model.
+# This model has no weights, and mostly waits for the other model.
 instance_group [ { kind: KIND_CPU count: 1 } ]
-# The newest version folder alone is loaded.
+# Triton loads only the newest version folder.
 version_policy { latest { num_versions: 1 } }
 
 # The model that translates.
