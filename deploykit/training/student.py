@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deploykit.errors import UsageError
+from deploykit.training.last_end import read_last_end
 
 Side = Literal["", "encoder", "decoder"]
 
@@ -54,7 +55,7 @@ def keep_layers(model: Any, count: int, side: Side = "") -> tuple[Any, list[int]
             key = f"{prefix}.{numbers[number]}.{rest}"
         state[key] = tensor
     with torch.random.fork_rng():
-        student = type(model)(config)
+        student = read_last_end(type(model)(config))
     student.load_state_dict(state)
     if model.can_generate():
         student.generation_config = copy.deepcopy(model.generation_config)

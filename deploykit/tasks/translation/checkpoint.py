@@ -274,6 +274,11 @@ def translation_task(
     pad = _first(generation.pad_token_id, config.pad_token_id, tokenizer.pad_token_id)
     if start is None or eos is None or pad is None:
         raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
+    if isinstance(start, list):
+        raise ArtifactError(
+            f"{name}: its decoder_start_token_id is a list, {start}, and each translation starts with one token",
+            "give one token in generation_config.json",
+        )
     return Translation(
         source=source,
         target=target,

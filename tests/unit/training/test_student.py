@@ -13,6 +13,7 @@ import translators
 from transformers import AutoModelForSequenceClassification, GenerationConfig, ModernBertConfig
 
 from deploykit.errors import UsageError
+from deploykit.training.last_end import read_last_end
 from deploykit.training.student import keep_layers
 
 
@@ -86,3 +87,20 @@ def _writes_alike(model: Any, folder: Path, ids: torch.Tensor) -> bool:
             for cached in (True, False)
         ]
     return written[1:] == written[:-1]
+
+
+def test_a_student_of_a_bart_reads_the_last_end_token_of_each_row() -> None:
+    """Its encoder has another number of layers than its decoder, as distilbart-mnli-12-3."""
+    from transformers import BartConfig
+
+    config = BartConfig(
+        vocab_size=20, d_model=8, encoder_layers=3, decoder_layers=1, encoder_attention_heads=1, pad_token_id=1,
+        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16,
+    )  # fmt: skip
+    model = read_last_end(AutoModelForSequenceClassification.from_config(config).eval())
+    student, kept = keep_layers(model, 2)
+    assert kept == [0, 2]
+    rows = torch.tensor([[0, 5, 2, 6, 2], [0, 5, 6, 7, 2]])
+    together = student(input_ids=rows).logits
+    for row, expected in zip(rows, together):
+        torch.testing.assert_close(student(input_ids=row[None]).logits[0], expected)

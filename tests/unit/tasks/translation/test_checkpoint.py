@@ -93,6 +93,15 @@ def test_models_that_do_not_translate_are_refused_by_type(tmp_path: Path) -> Non
         TorchTranslator.load(tmp_path / "m", source="en", target="fr")
 
 
+def test_a_list_of_start_tokens_is_refused_by_name(tmp_path: Path) -> None:
+    quiet()
+    write_bart(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder_start_token_id": [2]}))
+    with pytest.raises(ArtifactError, match=r"decoder_start_token_id is a list, \[2\]"):
+        TorchTranslator.load(tmp_path, source="en", target="fr")
+
+
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_a_model_without_layers_is_refused_before_any_work(side: str, tmp_path: Path) -> None:
     from transformers import BartConfig, BartForConditionalGeneration
