@@ -163,7 +163,7 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiE
 
 def _field(message: str, asked: Asked) -> str | None:
     """Return the field of the request that a model's error is about: its first word, or a name in it."""
-    if message.startswith(("the prompt ", "the chat template ")):
+    if message.startswith(("the prompt ", "the chat template ", "the last message ", "a message ")):
         return "prompt" if asked.messages is None else "messages"
     if message.startswith("json_schema "):
         return asked.schema_field

@@ -53,9 +53,9 @@ PORT_BODIES: dict[str, dict[str, Any]] = {
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}}},
     "/v1/chat/completions tools": {"model": "lm", "messages": DIALOG, "temperature": 0, "max_tokens": 3, "tools": [TOOL], "tool_choice": "auto"},
     "/v1/responses": {
-        "model": "lm", "instructions": "be short", "input": [*DIALOG, {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"},
+        "model": "lm", "instructions": "be short", "input": [*DIALOG, {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
         {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a"}]}], "max_output_tokens": 3, "temperature": 0,
-        "top_logprobs": 2, "include": ["message.output_text.logprobs"], "text": {"format": {"type": "text"}}, "stream": True},
+        "top_logprobs": 2, "include": ["message.output_text.logprobs"], "text": {"format": {"type": "text"}}},
     "/v1/completions": {"model": "lm", "prompt": ["list", "the file"], "echo": True, "logprobs": 1, "best_of": 2, **SAMPLING},
     "/v1/classify": {"model": "tiny", "input": ["w1 w2", "w3"]},
     "/v1/translate": {"model": "fr", "input": ["Save the file."]},
@@ -215,7 +215,7 @@ def whole(answer: tuple[int, bytes]) -> Any:
     """Return an answer to compare: of a stream the joined texts, since its pieces come as it happens."""
     status, content = answer
     if not content.startswith(b"data: "):
-        return status, re.sub(rb'"(id|created)": ?("[^"]*"|\d+)', b"", content)
+        return status, re.sub(rb'"(id|item_id|created|created_at)": ?("[^"]*"|\d+)', b"", content)
     texts = []
     for event in events_of(content):
         texts += [choice["delta"].get("content") or "" for choice in event.get("choices", ())]

@@ -77,7 +77,15 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the text of a dialog. Raises DataError if the template refuses it, for example for roles in a wrong order."""
+        """Return the text of a dialog.
+
+        Raises DataError if the template refuses it, for example for roles in a wrong order, or would leave out tools or
+        their calls.
+        """
+        if tools and "tools" not in self.source:
+            raise DataError("tools are given, but the model's chat template does not write them", "leave them out")
+        if "tool_calls" not in self.source and any(message.get("tool_calls") for message in messages):
+            raise DataError("a message has tool_calls, but the model's chat template does not write them", "leave them out")
         try:
             return self._template.render(
                 messages=[_with_reasoning(message) for message in messages],

@@ -28,7 +28,7 @@ class CleaningReport:
     read: int
     unreadable: int
     empty: int
-    wrong_role_order: int
+    refused_by_template: int
     duplicate: int
     contradictory: int
     too_long: int
@@ -44,7 +44,7 @@ class CleaningReport:
         for name, told in (
             ("unreadable", "of a wrong form"),
             ("empty", "without a prompt or an answer"),
-            ("wrong_role_order", "whose roles are in no order that the chat template takes"),
+            ("refused_by_template", "that the chat template refuses, or would write in part"),
             ("duplicate", "twice the same"),
             ("contradictory", "with the prompt of a row before and another answer"),
             ("too_long", "longer than --max-length"),
@@ -141,11 +141,11 @@ def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str
     if not row.prompt.strip() or not (row.answer.strip() or last.get("tool_calls")):
         return "empty", "", None
     if (problem := role_problem(row.messages)) is not None:
-        return "wrong_role_order", problem, None
+        return "refused_by_template", problem, None
     try:
         return None, "", tokenizer.encode_row(row, loss_on)
     except DataError as error:
-        return "wrong_role_order", error.message, None
+        return "refused_by_template", error.message, None
 
 
 def _prompt_key(row: Row) -> str:

@@ -85,14 +85,11 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids of a prompt: a dialog that the model answers, or a plain text that it continues.
 
-        Raises DataError when the template refuses the dialog, or would leave out the tools.
+        Raises DataError when the template refuses the dialog, or would leave out tools or their calls.
         """
         if isinstance(messages, str):
             return self._prompt_ids(messages)
-        chat = self._chat()
-        if tools and "tools" not in chat.source:
-            raise DataError("tools are given, but the model's chat template does not write them", "leave them out")
-        text = chat.render(messages, add_generation_prompt=True, tools=tools)
+        text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
         return self._prompt_ids(text, add_special_tokens=False)
 
     def placed(self, prompt: Sequence[Message] | str) -> tuple[str, list[int], list[tuple[int, int]]]:

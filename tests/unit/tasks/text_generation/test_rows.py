@@ -144,6 +144,18 @@ def test_calls_of_tools_are_supervised_and_their_results_are_not() -> None:
     assert own.encode_row(Row(messages, tools=tools)).ids.tolist() == expected
 
 
+@pytest.mark.parametrize("what", ["tools", "tool_calls"])
+def test_what_the_template_would_leave_out_is_refused(what: str) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "list"}, {"role": "assistant", "content": "a"}]
+    tools = [CALL] if what == "tools" else None
+    if what == "tool_calls":
+        messages[1][what] = [CALL]
+    with pytest.raises(DataError, match=rf"{what}.*, but the model's chat template does not write them"):
+        chat(CHATML).encode_prompt(messages, tools)
+    with pytest.raises(DataError, match=what):
+        chat(CHATML).encode_row(Row(tuple(messages), tools=None if tools is None else tuple(tools)))
+
+
 def test_an_answer_that_the_template_rewrites_later_is_not_supervised() -> None:
     messages = tuple({**m, "reasoning": "hm"} if m["role"] == "assistant" else m for m in DIALOG)
     encoded = chat(THINKS).encode_row(Row(messages))
@@ -279,7 +291,7 @@ def test_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
     assert [row.origin for row in kept] == ["rows.jsonl:1"]
     counts = {name: n for name, n in report.to_json().items() if n and "tokens" not in name}
     assert counts == {
-        "read": 8, "kept": 1, "duplicate": 1, "contradictory": 1, "wrong_role_order": 2, "empty": 1, "too_long": 1,
+        "read": 8, "kept": 1, "duplicate": 1, "contradictory": 1, "refused_by_template": 2, "empty": 1, "too_long": 1,
         "unreadable": 1,
     }  # fmt: skip
     assert report.supervised_tokens == chat(CHATML).encode_row(Row(DIALOG)).supervised.sum()
@@ -289,7 +301,7 @@ def test_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
 
 def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Path) -> None:
     question, answer = DIALOG[:2]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "ls"}}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "ls", "arguments": {}}}]}
     texts = [{"type": "text", "text": "list the "}, {"type": "text", "text": "file here"}]
     path = write(
         tmp_path / "rows.jsonl",
@@ -302,14 +314,17 @@ def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Pat
         {"messages": [question, answer], "tools": ["ls"]},
     )
     raw, _ = load_rows(path)
-    kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
+    kept, report = clean_rows(raw, chat(QWEN2), max_length=100, on_long="drop", loss_on="completion")
     assert [row.origin for row in kept] == ["rows.jsonl:1", "rows.jsonl:2"]
     assert kept[0].messages == (question, answer)
     assert kept[0].tools == ({"type": "function"},)
-    assert (report.unreadable, report.wrong_role_order) == (4, 1)
+    assert (report.unreadable, report.refused_by_template) == (4, 1)
     told = "\n".join(report.lines())
     assert "4 dropped: of a wrong form (the first is rows.jsonl:3: a message has a part that is not a text)" in told
     assert "(the first is rows.jsonl:6: unknown role 'narrator')" in told
+    kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
+    assert (len(kept), report.refused_by_template) == (0, 3)
+    assert "rows.jsonl:1: tools are given, but the model's chat template does not write them" in "\n".join(report.lines())
 
 
 def test_a_cell_that_is_not_a_number_is_empty(tmp_path: Path) -> None:
