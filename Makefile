@@ -4,7 +4,7 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation demo-generation test wheels interop optimum-peers generation-peers bench lint check docs clean
+.PHONY: help setup demo demo-translation demo-generation test wheels interop optimum-peers generation-peers bench lint check unit docs clean
 
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make wheels   a wheel each for Linux, macOS and Windows on x86-64, and for Linux and macOS on Arm, in build/wheels (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
+	@echo "make unit   unit tests"
 	@echo "make docs   build the docs into build/docs"
 	@echo "make clean  remove .venv and demo/"
 
@@ -106,7 +107,11 @@ lint: $(READY)
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
-check: lint
+# The type checker takes most of a minute, on one core.
+check: $(READY)
+	@$(MAKE) --no-print-directory -j 2 lint unit
+
+unit: $(READY)
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 
 clean:
