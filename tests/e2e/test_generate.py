@@ -214,7 +214,7 @@ def test_chat_remembers_the_dialog(export: Path, run: Path) -> None:
     code, out, err = chat(f"{prompt}\n{prompt}\n/reset\n{prompt}\n/nonsense\n/exit\n", export, "--max-new-tokens", 20)
     assert code == 0, err
     assert out.splitlines() == [*answers, answers[0], ""]
-    assert "/nonsense is no command" in err
+    assert "/nonsense is not a command" in err
     code, _, err = chat(f"{'x ' * 300}\n", export)
     assert (code, "tokens, and the model's context holds 256" in err) == (0, True)
     code, _, err = chat("", export, "--temperature", -1)

@@ -293,7 +293,7 @@ def test_sampling_is_logged_and_ignored(
 ) -> None:
     folder = with_search(copy(marian), do_sample=True, top_k=5, temperature=0.7, max_new_tokens=9)
     translator = TorchTranslator.load(folder)
-    assert "asks for sampling (do_sample); deploykit decodes by greedy search" in caplog.text
+    assert "sets sampling (do_sample); deploykit uses greedy search" in caplog.text
     ids = translator.encode(SOURCES[:4])
     assert translator.generate_by_own(ids) == translator.generate_ids(ids, translator.task.generation)
 

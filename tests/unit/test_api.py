@@ -139,7 +139,7 @@ def test_a_language_model_generates_and_streams(tmp_path: Path, tiny_export: Pat
         assert "".join(model.stream(messages, max_new_tokens=9)) == answer.text
         with pytest.raises(deploykit.UsageError, match="temperature is -1"):
             list(model.stream(messages, temperature=-1))
-    with deploykit.load(tiny_export) as model, pytest.raises(deploykit.UsageError, match="classifies gives no streams"):
+    with deploykit.load(tiny_export) as model, pytest.raises(deploykit.UsageError, match="classifies cannot stream"):
         list(model.stream("w1"))
 
 

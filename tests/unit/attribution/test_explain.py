@@ -182,7 +182,7 @@ def test_gradients_add_up_to_what_the_text_adds_to_its_padding(
         (removed,) = model.explain(["w1 w20 w33 w4 w1"], method="occlusion")
         assert removed.answer == found.answer
         assert removed.score == pytest.approx(found.score, abs=1e-5)
-        with pytest.raises(UsageError, match="--answer unknown is no label"):
+        with pytest.raises(UsageError, match="--answer unknown is not a label"):
             model.explain(["w1"], answer="unknown")
 
 

@@ -36,8 +36,8 @@ def test_a_file_names_ranges_and_values(tmp_path: Path) -> None:
     ("entry", "says"),
     [
         ({"lerning_rate": [1e-5]}, "lerning_rate is not an option of --task classification"),
-        ({"test": ["a.csv"]}, "test says which rows are read"),
-        ({"text_column": ["a"]}, "text_column says which rows are read"),
+        ({"test": ["a.csv"]}, "test selects rows"),
+        ({"text_column": ["a"]}, "text_column selects rows"),
         ({"learning_rate": 1e-5}, "learning_rate is 1e-05"),
         ({"learning_rate": []}, "learning_rate is []"),
         ({"learning_rate": {"low": 1e-5}}, "needs two numbers"),

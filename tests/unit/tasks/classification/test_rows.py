@@ -61,7 +61,7 @@ def test_labels_are_spelled_as_the_model_does_and_that_is_said(tmp_path, caplog)
 
 @pytest.mark.parametrize("cell", ["['a' 'b']", "[a, b]", "[0 0 1]"])
 def test_text_that_only_looks_like_a_list_is_refused(tmp_path, cell):
-    with pytest.raises(DataError, match=r'a.jsonl:1: .* is no list that Python or JSON reads\n.*\["one", "other"\]'):
+    with pytest.raises(DataError, match=r'a.jsonl:1: .* is neither a Python nor a JSON list\n.*\["one", "other"\]'):
         labels_of(tmp_path, [cell], multi_label=True)
     assert labels_of(tmp_path, [cell, "[OC]|x"], multi_label=True, label_separator="|") == [cell, "[OC]|x"]
 

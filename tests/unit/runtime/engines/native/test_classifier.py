@@ -112,7 +112,7 @@ def test_layers_that_are_not_named_stay_float32(tmp_path: Path) -> None:
     ("family", "settings", "says"),
     [
         ("albert", {}, "not albert"),
-        ("electra", {"embedding_size": 16}, "electra has electra.embeddings_project"),
+        ("electra", {"embedding_size": 16}, "electra has the unknown part electra.embeddings_project"),
         ("bert", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
         ("bert", {"is_decoder": True}, "has another kind of attention"),
         ("bert", {"hidden_size": 260, "num_attention_heads": 1}, "heads of 260 values"),
