@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -216,10 +217,19 @@ class TritonProcess:
     def call(
         self, method: str, path: str, *, timeout: float, headers: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
-        """Send a request to the HTTP port. Returns status and body."""
+        """Send a request to the HTTP port. Returns status and body. Raises one of ``REFUSALS``.
+
+        When Triton has ended, its stubs keep the connection open.
+        """
         connection = http.client.HTTPConnection(self._own_address, self._launch.ports["http"], timeout=timeout)
+        deadline = time.monotonic() + timeout
         try:
             connection.request(method, path, headers=dict(headers or {}))
+            while not select.select([connection.sock], [], [], 0.1)[0]:
+                if self.exit_code is not None:
+                    raise ConnectionResetError("Triton ended")
+                if time.monotonic() >= deadline:
+                    raise TimeoutError("timed out")
             response = connection.getresponse()
             return response.status, response.read().decode(errors="replace")
         finally:

@@ -174,6 +174,17 @@ def test_no_request_is_answered_wrong_or_500_while_model_processes_are_killed(fr
     assert all(outputs(answer) == expected for status, answer in answers if status == 200)
 
 
+def test_serve_notices_at_once_that_triton_ended_while_it_asks_it_to_unload(repository: Path) -> None:
+    """Triton 2.51 ends where a model's process died with a lock. The other process keeps Triton's connections open."""
+    with start(repository) as server, ThreadPoolExecutor(1) as pool:
+        triton = server._running()
+        os.kill(triton.pid, signal.SIGSTOP)
+        asked = pool.submit(triton.control, "tiny", "unload", timeout=60.0)
+        time.sleep(0.5)
+        os.kill(triton.pid, signal.SIGKILL)
+        assert isinstance(asked.exception(5.0), ConnectionResetError)
+
+
 def test_a_process_of_a_replaced_model_that_does_not_end_is_killed(fresh: Supervised) -> None:
     """Stopped while it answers, it would keep its memory, and its clients would wait, for ever."""
     server = fresh.server
