@@ -8,6 +8,9 @@ from typing import Any
 from deploykit.metric_titles import compared_lines, models_of, title_of, with_interval
 from deploykit.text_table import text_table
 
+_SHOWN = 300
+"""Characters of a sample; a model that has learned little repeats itself to the longest length."""
+
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Return metrics in columns, each under its name, with the 95 % intervals that were measured."""
@@ -24,6 +27,7 @@ def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
     lines = [metrics_text(models_of(metrics, held_out)), *compared_lines(metrics)]
     for sample in metrics["samples"]:
         lines.append("")
-        lines += [f"{name + ':':<13}{sample[name]}" for name in ("source", "reference", "before", "translation")
-                  if name in sample]  # fmt: skip
+        for name in ("source", "reference", "before", "translation"):
+            if (text := sample.get(name)) is not None:
+                lines.append(f"{name + ':':<13}{text[:_SHOWN]}{'…' if len(text) > _SHOWN else ''}")
     return "\n".join(lines)

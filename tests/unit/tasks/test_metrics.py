@@ -18,7 +18,7 @@ from deploykit.tasks.translation.metrics import (
     placeholders,
     translation_metrics,
 )
-from deploykit.tasks.translation.metrics_text import metrics_text
+from deploykit.tasks.translation.metrics_text import metrics_text, result_text
 
 
 def random_case(labels: int, *, multi_label: bool, seed: int) -> tuple[Classification, np.ndarray, np.ndarray]:
@@ -112,6 +112,9 @@ def test_identical_texts_score_100_and_others_less_in_every_script(
 def test_the_signature_is_on_the_console() -> None:
     metrics = translation_metrics(["打开文件夹吧"], ["打开文件夹"], ["open"], "zh")
     assert f"bleu signature: {metrics['signatures']['bleu']}" in metrics_text({"": metrics})
+    samples = [{"source": "Save", "reference": "", "translation": "rea" * 200}]
+    text = result_text({"test": metrics, "samples": samples}, "test")
+    assert text.endswith(f"reference:   \ntranslation: {'rea' * 100}…"), "a long answer is cut"
 
 
 def test_references_are_measured_as_given(tmp_path: Path) -> None:
