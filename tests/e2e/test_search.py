@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from killed_run import kill_at_step
 
 import deploykit as api
 from deploykit.artifacts import load_manifest
+from deploykit.hyperparameters import run as search_run
 from deploykit.stages.finetune_options import read_toml
 
 Deploykit = Callable[..., tuple[int, str, str]]
@@ -51,3 +55,19 @@ def test_a_killed_search_goes_on_and_writes_its_best_run(
     code, _, err = deploykit(*words, "--search-objective", "recall")
     assert code == 1
     assert "is a search with other options" in err
+
+
+def test_no_run_is_started_after_the_time_of_a_search(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], small_csv: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    clock = itertools.chain(
+        [0.0, 59.0], itertools.repeat(61.0)
+    )  # the end is set, the first run starts, time has passed
+    monkeypatch.setattr(search_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    words = ("finetune", make_tiny_checkpoint(tmp_path / "model"), "--train", small_csv, "--max-train-samples", 200, "--max-steps",
+             2, "--output-dir", tmp_path / "best", "--search", 9, "--search-time", "1m", "--json")  # fmt: skip
+    code, stdout, err = deploykit(*words)
+    assert code == 0, err
+    assert [run["state"] for run in json.loads(stdout)["search"]["runs"]] == ["complete"]
+    assert (tmp_path / "best" / "finetune.toml").is_file()

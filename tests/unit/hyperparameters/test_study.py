@@ -35,6 +35,18 @@ def test_a_run_that_was_interrupted_can_be_taken_again_by_the_same_process(tmp_p
     assert (again.number, again.continued, again.values) == (0, True, first.values)
 
 
+def test_after_its_time_an_interrupted_run_is_continued_and_none_started(tmp_path: Path) -> None:
+    study = _open(tmp_path)
+    assert study.take(new=False) is None
+    first = study.take()
+    assert first is not None
+    study.release(first)
+    again = study.take(new=False)
+    assert again is not None
+    assert (again.number, again.continued) == (0, True)
+    assert study.take(new=False) is None
+
+
 def test_processes_share_the_runs_and_none_takes_anothers(tmp_path: Path) -> None:
     ours, theirs = _open(tmp_path), _open(tmp_path)
     first, second, third = ours.take(), theirs.take(), ours.take()
