@@ -96,18 +96,27 @@ def candidates(
     longest = min(longest, length)
     padded = np.concatenate([end, np.zeros((rows, longest))], axis=1)
     ends = np.lib.stride_tricks.sliding_window_view(padded, longest, axis=1)[:, :length]
-    products = (start[:, :, None] * ends).reshape(rows, -1)
-    most = min(most, products.shape[1])
-    best = np.argpartition(-products, most - 1, axis=1)[:, :most]
+    # Other spans than the best of their first token count only for the tokens whose best is among the ``most`` best.
+    firsts = np.sort(_highest(start * ends.max(axis=2), min(most, length)), axis=1)
+    products = (np.take_along_axis(start, firsts, axis=1)[:, :, None] * ends[np.arange(rows)[:, None], firsts]).reshape(
+        rows, -1
+    )
+    best = _highest(products, min(most, products.shape[1]))
     probability = np.take_along_axis(products, best, axis=1)
     order = np.lexsort((best, -probability), axis=1)
     best, probability = (np.take_along_axis(a, order, axis=1) for a in (best, probability))
+    first = np.take_along_axis(firsts, best // longest, axis=1)
+    last = first + best % longest
     found = []
     for row in range(rows):
         kept = probability[row] > 0
-        first = best[row][kept] // longest
-        found.append(Candidates(first, first + best[row][kept] % longest, probability[row][kept], float(none[row])))
+        found.append(Candidates(first[row][kept], last[row][kept], probability[row][kept], float(none[row])))
     return found
+
+
+def _highest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Return the columns of the ``count`` highest values of each row, in any order."""
+    return np.argpartition(-values, count - 1, axis=1)[:, :count]
 
 
 def _softmax(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
