@@ -3,6 +3,7 @@ Parquet."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +129,9 @@ def _squad(source: str, text: str) -> Iterator[RawRow]:
                 question = _string(_field(qa, "question", origin), f"{origin}: question")
                 impossible = _impossible(qa, origin)
                 answers = () if impossible else _answers(qa.get("answers", []), origin)
-                yield RawRow(question, context, answers, "answers" in qa or impossible, str(qa.get("id", "")), origin)
+                yield RawRow(
+                    question, context, answers, "answers" in qa or impossible, scalar(qa.get("id")) or "", origin
+                )
 
 
 def _row(record: Record, labelled: bool) -> RawRow:
@@ -137,6 +140,10 @@ def _row(record: Record, labelled: bool) -> RawRow:
     impossible = _impossible(values, origin)
     if values.get("answers") not in (None, ""):
         answers = _answers(values["answers"], origin)
+        if not any(place is not None for _, place in answers):
+            answers = tuple(
+                zip((text for text, _ in answers), _places(values.get("answer_start"), len(answers), origin))
+            )
     else:
         given, start = values.get("answer"), values.get("answer_start")
         text = scalar(given)
@@ -194,6 +201,21 @@ def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:
     else:
         raise DataError(f"{origin}: answers is neither an object nor a list", 'write {"text": [], "answer_start": []}')
     return tuple((_string(text, f"{origin}: an answer's text"), _place(start, origin)) for text, start in pairs)
+
+
+def _places(value: Any, count: int, origin: str) -> list[int | None]:
+    """Parse the column answer_start beside a list of ``count`` answers: a list, its JSON, or the place of a single answer."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if value is None or value == "" or value != value:
+        return [None] * count
+    starts = value if isinstance(value, list) else [value]
+    if len(starts) != count:
+        raise DataError(
+            f"{origin}: there are {count} answers and {len(starts)} places in answer_start", "give a place for each"
+        )
+    return [_place(start, origin) for start in starts]
 
 
 def _place(value: object, origin: str) -> int | None:

@@ -264,6 +264,10 @@ def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -
         ('[{"question": "q", "context": "c", "answers": 5}]', "answers is neither"),
         ('[{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": []}}]', "of one length"),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "x"}]', "a.json:1: answer_start is 'x'"),
+        (
+            '[{"question": "q", "context": "c", "answers": ["c"], "answer_start": [0, 1]}]',
+            "1 answers and 2 places in answer_start",
+        ),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": [0]}]', r"answer_start is \[0\]"),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "0.5"}]', "answer_start is '0.5'"),
         ('[{"question": "q", "context": "c", "answers": "{\'text\': [\'c\']}"}]', "which is not JSON"),
@@ -290,6 +294,23 @@ def test_a_table_may_hold_a_start_as_float_and_answers_as_json(tmp_path: Path) -
     assert _examples(_write(tmp_path / "rows.json", nan))[0].answers.answer_start == (13,)
 
 
+@pytest.mark.parametrize(
+    ("answers", "starts", "places"),
+    [
+        (["c", "x"], [4, 2], (4, 2)),
+        (["c"], 4, (4,)),
+        (["c"], None, (0,)),
+        ([], None, ()),
+        ('["c", "x"]', "[4, 2]", (4, 2)),
+    ],
+)
+def test_places_may_have_a_column_of_their_own(
+    answers: Any, starts: Any, places: tuple[int, ...], tmp_path: Path
+) -> None:
+    row = {"question": "q", "context": "c x c", "answers": answers, "answer_start": starts}
+    assert _examples(_write(tmp_path / "rows.json", [row]))[0].answers.answer_start == places
+
+
 def test_a_row_of_a_table_may_say_that_there_is_no_answer(tmp_path: Path) -> None:
     context = "Ann lives in Rome."
     plausible = {"question": "q", "context": context, "is_impossible": True, "answers": ["Rome"]}
@@ -298,6 +319,11 @@ def test_a_row_of_a_table_may_say_that_there_is_no_answer(tmp_path: Path) -> Non
     assert _examples(_write(tmp_path / "only.json", [{**plausible, "answers": None}]))[0].answers == Answers()
     found = _examples(_write(tmp_path / "rows.csv", table))
     assert [e.answers.text for e in found] == [(), ("Rome",), ("Rome",)]
+
+
+def test_ids_are_texts_and_an_id_that_is_null_is_none(tmp_path: Path) -> None:
+    qas = [{**_qa("q", "Rome", 13), "id": 7}, {**_qa("r", "Rome", 13), "id": None}]
+    assert [row.id for row in read_rows(str(_write(tmp_path / "a.json", _squad(qas))))] == ["7", ""]
 
 
 def test_rows_of_one_id_are_rows_of_their_own(tmp_path: Path) -> None:
