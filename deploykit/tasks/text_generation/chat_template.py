@@ -85,7 +85,9 @@ class ChatTemplate:
         if tools and "tools" not in self.source:
             raise DataError("tools are given, but the model's chat template does not write them", "leave them out")
         if "tool_calls" not in self.source and any(message.get("tool_calls") for message in messages):
-            raise DataError("a message has tool_calls, but the model's chat template does not write them", "leave them out")
+            raise DataError(
+                "a message has tool_calls, but the model's chat template does not write them", "leave them out"
+            )
         try:
             return self._template.render(
                 messages=[_with_reasoning(message) for message in messages],

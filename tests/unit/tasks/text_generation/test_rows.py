@@ -301,7 +301,11 @@ def test_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
 
 def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Path) -> None:
     question, answer = DIALOG[:2]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "ls", "arguments": {}}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "ls", "arguments": {}}}],
+    }
     texts = [{"type": "text", "text": "list the "}, {"type": "text", "text": "file here"}]
     path = write(
         tmp_path / "rows.jsonl",
@@ -324,7 +328,9 @@ def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Pat
     assert "(the first is rows.jsonl:6: unknown role 'narrator')" in told
     kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
     assert (len(kept), report.refused_by_template) == (0, 3)
-    assert "rows.jsonl:1: tools are given, but the model's chat template does not write them" in "\n".join(report.lines())
+    assert "rows.jsonl:1: tools are given, but the model's chat template does not write them" in "\n".join(
+        report.lines()
+    )
 
 
 def test_a_cell_that_is_not_a_number_is_empty(tmp_path: Path) -> None:
