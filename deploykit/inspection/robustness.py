@@ -1,4 +1,4 @@
-"""Measure rows as they are, and with the noise that people and keyboards make."""
+"""Measure rows unchanged, and with the typing noise of people and keyboards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deploykit.data.noise import noisy
 _MEASURED = {"typos": 0.2, "case": 1.0, "punctuation": 0.3}
 """Noise -> its rate."""
 MOST_ROWS = 500
-"""Rows that models whose answers are texts are measured on: they answer each four times."""
+"""Maximum rows for models whose answers are texts, because they answer each row four times."""
 
 Noisy = Callable[[str], str]
 
@@ -21,8 +21,8 @@ def robustness(
 ) -> list[dict[str, Any]]:
     """Return the metrics ``names`` with their intervals for clean rows and for each noise.
 
-    ``clean`` are the metrics of the rows as they are; ``measured`` returns those of rows whose texts the function that it gets
-    has rewritten.
+    ``clean`` are the metrics of the unchanged rows; ``measured`` takes a function that rewrites texts, and returns the metrics of
+    the rewritten rows.
     """
     found = []
     for noise in ("clean", *_MEASURED):

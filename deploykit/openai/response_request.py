@@ -1,4 +1,4 @@
-"""The body of /v1/responses, read as a chat completion of one answer.
+"""Read the body of /v1/responses as a chat completion with one answer.
 
 Source: OpenAI API reference, "Create a model response". Nothing is stored, so each request has the whole dialog.
 """
@@ -113,7 +113,7 @@ class TextOptions(Body):
 
 
 class Reasoning(Body):
-    """No model here reasons apart from its answer, so that no field is supported."""
+    """No field is supported, because no model separates reasoning from its answer."""
 
 
 class ResponseStreamOptions(Body):
@@ -220,7 +220,7 @@ def _renamed(message: str) -> str:
 
 @contextmanager
 def own_names() -> Generator[None]:
-    """Give the fields in an ApiError of a chat completion the names that they have here."""
+    """Rename the fields in an ApiError of a chat completion to those of this API."""
     try:
         yield
     except ApiError as error:

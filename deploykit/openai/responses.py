@@ -64,7 +64,7 @@ class _Answer:
         self._parser = tool_call_parser(body.chat)
         self._calls = 0
         self._items: list[dict[str, Any]] = []
-        self._open = False  # the last item is a message that goes on
+        self._open = False  # the last item is a message that continues
         self._response = {
             "id": _new_id("resp"),
             "object": "response",

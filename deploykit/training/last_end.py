@@ -1,4 +1,4 @@
-"""Let classifiers of BART's and T5's kind, whose head reads a text's last end token, take any texts in one batch."""
+"""Make classifiers of BART's and T5's kind, whose head reads a text's last end token, accept any texts in one batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import Seq2SeqSequenceClassifierOutput
 def read_last_end(model: Any) -> Any:
     """Return ``model`` with a forward pass that finds the last end token of each row; another model unchanged.
 
-    transformers selects all end tokens of a batch and shares them out evenly. A text that has one of its own ("</s>")
+    transformers selects all end tokens of a batch and distributes them evenly. A text that contains an end token ("</s>")
     then fails the batch, or moves other rows' tokens, in an exported graph silently.
     """
     if model.config.is_encoder_decoder and hasattr(model, "classification_head"):

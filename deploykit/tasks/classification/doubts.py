@@ -1,4 +1,4 @@
-"""Name what in the labels of training rows is seldom meant: blanks written as words, spellings, numbers, lone rows."""
+"""Warn of unusual labels in training rows: blanks written as words, spellings, numbers, labels with few rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def label_doubts(labels: Iterable[str]) -> list[str]:
-    """Return a line for each doubt about the labels of the rows, of which each is one label."""
+    """Return a line for each doubt about the labels of the rows; each row has one label."""
     counts = Counter(labels)
     spelled: dict[str, dict[str, int]] = {}
     for label, count in sorted(counts.items()):
@@ -38,7 +38,7 @@ def label_doubts(labels: Iterable[str]) -> list[str]:
 
 
 def refuse_lone_labels(labels: Sequence[str], source: str, columns: Sequence[str]) -> None:
-    """Raise DataError if most rows have a label of their own, as numbers and names do that are no classes."""
+    """Raise DataError if most rows have a label that no other row has, as with numbers and names that are not classes."""
     counts = Counter(labels)
     lone = sum(count == 1 for count in counts.values())
     if len(counts) >= _MANY_LABELS and lone > len(labels) / 2:

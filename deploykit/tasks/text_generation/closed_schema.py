@@ -1,6 +1,6 @@
 """Close the objects of a JSON Schema: forbid properties that it does not list.
 
-JSON Schema allows them where ``additionalProperties`` is missing, and pydantic and zod leave it out. A small model then
+JSON Schema allows them if ``additionalProperties`` is missing, and pydantic and zod leave it out. A small model then
 invents properties until its tokens run out. vLLM and llama.cpp forbid them too.
 """
 
@@ -19,9 +19,9 @@ _SINGLE = ("items", "additionalProperties")
 
 
 def close_objects(schema: Any) -> Any:
-    """Return ``schema``, changed in place: objects that list properties, and say nothing of others, forbid others.
+    """Return ``schema``, changed in place: objects that list properties, without a rule for others, forbid others.
 
-    It stays as it is if it merges objects, for example by ``allOf``: a closed part would forbid the properties of the other
+    It stays unchanged if it merges objects, for example by ``allOf``: a closed part would forbid the properties of the other
     parts.
     """
     parts = list(_parts(schema))

@@ -1,7 +1,7 @@
 """Guess answers' next tokens with a draft model: a smaller model of the same vocabulary.
 
 A guess is what the answer's own rules and random numbers choose from the draft's logits. The target then chooses from its own
-logits, with the same random numbers, and guesses that it chooses too are kept: its answers are those without a draft, sampled
+logits, with the same random numbers, and keeps the guesses that it also chooses: its answers are the same as without a draft, sampled
 ones too, at any load. Sources: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), for the
 length of a guess; Daliri et al., "Coupling without Communication and Drafter-Invariant Speculative Decoding" (2024), for the
 shared random numbers.
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from deploykit.tasks.text_generation.decoder import Answer
 
 _READ = 256
-"""Most tokens of a prompt that the draft reads between two steps."""
+"""Maximum number of prompt tokens that the draft reads between two steps."""
 _BEHIND = 32
-"""Tokens that the draft may lack of an answer; of one that has more, it reads all anew."""
+"""Maximum number of an answer's tokens that the draft may lack; if it lacks more, it reads the whole answer again."""
 _SHARE = 0.7
-"""Of guessed tokens that are right, before any is known."""
+"""Initial share of right guesses, before any is known."""
 _WEIGHT = 0.1
-"""Of a token in the share of its answer."""
+"""Weight of a token in the share of its answer."""
 _WEIGHT_OF_ALL = 0.02
-"""Of a token in the share of all answers, with which a new one begins."""
+"""Weight of a token in the share of all answers, with which a new answer begins."""
 _REST = 32
-"""Tokens for which guesses rest where they do not pay; twice as many after each try."""
+"""Number of tokens for which guessing pauses if it is slower; twice as many after each try."""
 _MEASURED = 15
 
 
@@ -48,26 +48,26 @@ class DraftLm(CausalLm, MixingCausalLm, Protocol):
 
 
 class Cost(NamedTuple):
-    """What guessing a token takes, and a step that checks guesses, in steps without guesses."""
+    """The time of guessing a token, and of a step that checks guesses, in units of a step without guesses."""
 
     guess: float = 0.3
     check: float = 1.1
 
 
 class Record:
-    """How well the guesses for one answer did. ``share``: of tokens that were right, where those before them were."""
+    """The success of the guesses for one answer. ``share``: of right tokens, among those whose predecessors were right."""
 
     def __init__(self, share: float = _SHARE) -> None:
         self.share = share
         self._rest, self._rests = _REST, 0
 
     def learn(self, guessed: int, right: int) -> None:
-        """Take note of how many of the ``guessed`` tokens were ``right``: those after the first wrong one say nothing."""
+        """Record how many of the ``guessed`` tokens were ``right``: tokens after the first wrong one say nothing."""
         for was_right in [1.0] * right + [0.0] * (right < guessed):
             self.share += _WEIGHT * (was_right - self.share)
 
     def tokens(self, most: int, cost: Cost) -> int:
-        """Return how many tokens to guess, up to ``most``: those with which tokens are expected to come fastest."""
+        """Return the number of tokens to guess, up to ``most``: the one with the fastest expected generation."""
         if self._rests:
             self._rests -= 1
             return 0
@@ -83,7 +83,7 @@ class Record:
 
 
 class Pace:
-    """What steps take, by the number of rows: medians of the latest ones, because other programs may stop a step."""
+    """The times of steps, by the number of rows: medians of the latest ones, because other programs may interrupt a step."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], deque[float]] = {}
@@ -92,7 +92,7 @@ class Pace:
         self._seconds.setdefault((what, rows), deque(maxlen=_MEASURED)).append(seconds)
 
     def cost(self, rows: int) -> Cost:
-        """Return the measured costs, or those to begin with."""
+        """Return the measured costs, or the initial ones."""
         guess, check, plain = (self._seconds.get((what, rows)) for what in ("guess", "check", "plain"))
         if not (guess and check and plain):
             return Cost()
@@ -124,7 +124,7 @@ class Draft:
         model.release_others()
 
     def forget(self, answers: Sequence[Answer]) -> None:
-        """Give up what is held of answers that ended."""
+        """Release the rows of answers that have ended."""
         for answer in answers:
             self._records.pop(answer, None)
             if answer is self._reading:
@@ -140,8 +140,8 @@ class Draft:
         return self._records.setdefault(answer, Record(self._share))
 
     def guess(self, rooms: Mapping[Answer, int], left: int, rows: int) -> dict[Answer, list[int]]:
-        """Return guesses for answers, each of no more tokens than it has room for, and of no more than ``left`` together.
-        ``rows``: of the target. An answer that the draft has not read is read, in parts, and has its guess later."""
+        """Return guesses for answers, each with at most the tokens that it has room for, and at most ``left`` in total.
+        ``rows``: of the target. An answer that the draft has not read yet is read in parts, and gets its guess later."""
         counts: dict[Answer, int] = {}
         held = {row.answer: row.held for row in self._rows}
         cost, behind = self.pace.cost(rows), len(rooms)
@@ -160,7 +160,7 @@ class Draft:
         return self._guessed(counts, rows) if counts else {}
 
     def learn(self, answer: Answer, guessed: int, right: int) -> None:
-        """Take note of how many of the guessed tokens were right."""
+        """Record how many of the guessed tokens were right."""
         self._record(answer).learn(guessed, right)
         self._share += _WEIGHT_OF_ALL * (right - min(right + 1, guessed) * self._share)
         row = next(row for row in self._rows if row.answer is answer)
@@ -168,7 +168,7 @@ class Draft:
         row.guessed -= min(right, row.guessed)
 
     def _read_some(self, answer: Answer) -> None:
-        """Read some of what an answer has, and let it have a row when all was read."""
+        """Read a part of an answer's tokens, and give it a row when all are read."""
         model, text = self._model, [*answer.query.prompt, *answer.ids[:-1]]
         if self._reading is None:
             self._remove([number for number, row in enumerate(self._rows) if row.answer is answer])
@@ -221,7 +221,7 @@ class Draft:
 
 
 def _chosen(sampler: Sampler, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> int | None:
-    """Return the token that a sampler chooses, or None where it cannot."""
+    """Return the token that a sampler chooses, or None if it cannot choose one."""
     try:
         return sampler.choose(logits)
     except DeploykitError:

@@ -41,7 +41,7 @@ def open_generator(
 def draft_file(directory: Path, engine: str, draft: Path) -> Path:
     """Return the weights of the export ``draft``, to guess tokens of the export in ``directory``, which ``engine`` runs.
 
-    Raises UsageError, naming the first difference, if their tokens are not the same, or the engine takes no guesses.
+    Raises UsageError, naming the first difference, if their tokens differ, or the engine does not support guesses.
     """
     manifest = load_manifest(draft, "export")
     target, small = load_manifest(directory, verify=False).task, manifest.task
@@ -65,7 +65,7 @@ def draft_file(directory: Path, engine: str, draft: Path) -> Path:
 
 
 def _difference(directory: Path, target: TextGeneration, draft: Path, small: TextGeneration) -> str:
-    """Return how the tokens of two models differ, or nothing."""
+    """Return the first difference between the tokens of two models; empty if there is none."""
     if target.vocabulary != small.vocabulary:
         return f"it has {small.vocabulary:,} tokens, not {target.vocabulary:,}"
     if set(target.eos_token_ids) != set(small.eos_token_ids):

@@ -1,4 +1,4 @@
-"""Write the source texts of pairs with noise. Placeholders and target codes stay, as the translation has to keep them."""
+"""Add noise to the source texts of pairs. Placeholders and target codes stay unchanged, because the translation must keep them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def noisy_source(text: str, noise: Callable[[str], str]) -> str:
 
 
 def noisy_pairs(pairs: Sequence[Pair], noises: Sequence[str], seed: int) -> dict[str, list[Pair]]:
-    """Return noise ("typos=0.1") -> a copy of each pair with it in the source, where that changes the source.
+    """Return noise ("typos=0.1") -> a copy of each pair with this noise in the source, if it changes the source.
 
     The origin of a copy names the pair and the noise: "pairs.tsv:17 with typos".
     """
