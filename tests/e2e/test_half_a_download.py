@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import deploykit
+from deploykit.artifacts import MANIFEST
 from deploykit.errors import ArtifactError, CorruptArtifactError
 from deploykit.triton.server import TritonServer
 
@@ -33,12 +34,15 @@ def checkpoint(make_tiny_checkpoint: Callable[..., Path], tmp_path_factory: pyte
 
 
 def _refuses(folder: Path, use: Callable[[], object], error: type[ArtifactError], damages: list[str]) -> None:
-    """Damage each file of ``folder`` in each way. ``use`` must raise ``error``, which names the file."""
+    """Damage each file of ``folder`` in each way. ``use`` must raise ``error``, which names the file.
+
+    A byte of the manifest may belong to what it only tells, such as the versions of packages.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    assert len(files) > 3
+    assert len(files) > 2
     for path in files:
         whole = path.read_bytes()
-        for damage in damages:
+        for damage in damages if path.name != MANIFEST else ["half", "empty"]:
             path.write_bytes(DAMAGES[damage](whole))
             with pytest.raises(error) as caught:
                 use()
@@ -55,7 +59,7 @@ def test_a_checkpoint_without_digests(stage: str, checkpoint: Path, rows: Path, 
 
     def use() -> None:
         if stage == "export":
-            deploykit.export(folder, out)
+            deploykit.export(folder, out, data=rows)
         else:
             deploykit.finetune(folder, train=rows, output_dir=out, max_steps=1)
 

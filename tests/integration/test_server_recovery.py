@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -195,8 +196,12 @@ def test_a_process_of_a_replaced_model_that_does_not_end_is_killed(fresh: Superv
         stopped.send_signal(signal.SIGSTOP)
         killed.kill()
         assert wait_until(lambda: gone(stopped), 60)
-        assert {answer.result()[0] for answer in asked} <= {200, 503}
-    assert wait_until(lambda: len([one for one in family(server) if not gone(one)]) == 3, 20)
+        for answer in asked:
+            if answer.exception(60) is None:
+                assert answer.result()[0] in (200, 503)
+            else:  # one that died with a lock of the shared memory ended Triton
+                assert isinstance(answer.exception(), (OSError, http.client.HTTPException))
+    assert wait_until(lambda: len([one for one in family(server) if not gone(one)]) == 3, 30)
     assert post(server, body(["w1"]))[0] == 200
 
 
