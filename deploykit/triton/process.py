@@ -136,7 +136,7 @@ class TritonProcess:
         self.stubs = [(stub, name) for stub, name in self.stubs if name != model]
 
     def kill_replaced(self) -> None:
-        """Kill the replaced stubs that have been idle or stopped for 10 s: Triton 2.51 does not end them all."""
+        """Kill the replaced stubs that have been idle or stopped for 10 s: Triton 2.51 did not end all of them."""
         import psutil
 
         now = time.monotonic()
