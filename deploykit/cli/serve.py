@@ -182,9 +182,9 @@ def command(
         try:
             server.supervise(stop, restarted=restarted)
         finally:
-            say("waiting for requests in flight")
             if ready_file is not None:
                 ready_file.unlink(missing_ok=True)
+            say("waiting for requests in flight")  # fails where the terminal was closed
     return record, "stopped"
 
 

@@ -167,7 +167,7 @@ class Buffer(DeviceMemory):
 
     def view(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return the host memory as an array. It is valid as long as the buffer is."""
-        import numpy as np  # here: `serve` needs no arrays, and importing it takes a third of its start
+        import numpy as np  # here: importing it takes a third of the start of `serve`, which needs none
 
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert size <= self.size

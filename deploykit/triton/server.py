@@ -415,7 +415,7 @@ def _remove_abandoned(temporary: Path) -> None:
 def _unlocked(path: Path, flags: int) -> Iterator[bool]:
     """Lock what another server may have locked. Yields whether it is this user's, and was not locked."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | flags)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait for its writer
     except OSError:  # a link, another user's, or removed by another server
         yield False
         return

@@ -396,6 +396,8 @@ def test_a_start_removes_only_what_a_dead_server_left(own_repository: Path, tmp_
         (folder / "file").touch()
     (temporary / "deploykit-serve-dead" / "link").symlink_to(kept)
     (temporary / "deploykit-serve-link").symlink_to(kept)
+    pipe = Path("/dev/shm/deploykit_0_0_owner")
+    os.mkfifo(pipe)
     locked = os.open(temporary / "deploykit-serve-runs", os.O_RDONLY)
     assert lock(locked, wait=False)
     with patch("tempfile.tempdir", str(temporary)), start(own_repository) as server:
@@ -403,6 +405,7 @@ def test_a_start_removes_only_what_a_dead_server_left(own_repository: Path, tmp_
         left = {"deploykit-serve-runs", "deploykit-serve-link", "other"}
         assert {path.name for path in temporary.iterdir()} == {*left, server._folder.name}
     os.close(locked)
+    assert not pipe.exists()
     assert {path.name for path in temporary.iterdir()} == left
     assert [(temporary / name / "file").exists() for name in sorted(left)] == [True, True, True]
 
