@@ -197,18 +197,17 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    # Heads are trained whole. Of "all-linear" peft leaves out a classifier's by itself, but not those of tokens.
+    # Heads are trained whole. Of "all-linear" peft leaves out a classifier's by itself, but no others.
     heads = [name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)]
     # A head of several layers is saved as one: peft does so itself, and does not find what is saved within it.
     modules = {key.rpartition(".")[0] for key in new}
     whole = sorted({head if (head := name.split(".")[0]) in heads else name for name in modules})
-    excluded = [*whole, *(heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else ())]
     adapter = LoraConfig(
         task_type=TaskType[task_type],
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         modules_to_save=whole or None,
-        exclude_modules=excluded or None,
+        exclude_modules=[*whole, *heads] or None,
         **{"lora_dropout": 0.05, "target_modules": "all-linear", **own},
     )
     with warnings.catch_warnings():
