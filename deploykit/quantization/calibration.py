@@ -2,6 +2,8 @@
 
 There are two passes. The first finds each tensor's exact minimum and maximum, the second fills a histogram between
 them. Rows of equal length run together, so padding positions are never counted.
+
+ONNX Runtime's histogram calibrators keep the activations of all rows in memory until they compute the ranges.
 """
 
 from __future__ import annotations

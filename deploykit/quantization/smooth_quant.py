@@ -1,7 +1,7 @@
 """SmoothQuant: move outliers of activations, which one scale per tensor cannot represent, into the weights.
 
 Channel j of a linear layer's input is divided by s_j, and row j of its weights is multiplied by s_j, so the function
-stays the same: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+stays the same: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). ONNX Runtime has it only through neural-compressor.
 
 Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML
 2023.

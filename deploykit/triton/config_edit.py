@@ -1,5 +1,7 @@
 """Read the serving settings from a config.pbtxt, and change them without touching the rest of the file.
 
+``google.protobuf.text_format`` would write the file anew, without the user's comments.
+
 Source: Protocol Buffers documentation, "Text Format Language Specification".
 """
 

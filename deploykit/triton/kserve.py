@@ -1,7 +1,8 @@
 """Serve a model in this process over HTTP with Triton's API, for a device without Triton.
 
 Clients of Triton's HTTP API work unchanged: tensors as JSON or in Triton's binary extension, the same names, errors and
-status codes. It takes texts and returns any tensor. It has no shared memory, no compression and no gRPC.
+status codes. It takes texts and returns any tensor. It has no shared memory, no compression and no gRPC. A web framework
+would be one more wheel in every bundle, for four routes.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's "Binary Tensor Data Extension".
 """
