@@ -29,7 +29,7 @@ def split(
     Labels are served from the rarest to the most common, each its share of every split (iterative
     stratification: Sechidis et al., ECML PKDD 2011). Every label is in training; one of three or more
     groups is in every split too, unless a group with several labels prevents it. The same rows
-    in another order give the same splits.
+    in another order give the same splits. No splitter of scikit-learn keeps groups and stratifies several labels.
 
     Args:
         validation, test: fractions of the rows; 0 gives an empty split.
