@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploykit.errors import MissingDependencyError, UsageError
+from deploykit.runtime.engines.native.sampling import native_mask
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.closed_schema import close_objects
 
@@ -127,10 +128,10 @@ class Constraint:
 
         Raises UsageError if the constraint is too complex to follow.
         """
-        bits = self._bits()[: len(logits)]
-        masked = np.full_like(logits, -np.inf)
-        np.copyto(masked[: len(bits)], logits[: len(bits)], where=bits)
-        return masked
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise self._error()
+        return masked(logits, packed)
 
     def advance(self, token_id: int) -> None:
         """Update the rule with the chosen token. Raises UsageError where the constraint is too complex to follow, or does not
@@ -138,14 +139,17 @@ class Constraint:
         if not self._matcher.consume_token(token_id):
             raise self._error()
 
-    def _bits(self) -> NDArray[np.bool_]:
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise self._error()
-        return np.unpackbits(packed, bitorder="little").view(np.bool_)
-
     def _error(self) -> UsageError:
         return UsageError(f"{self._name} cannot be followed: {_reason(self._matcher)}", f"make {self._name} simpler")
+
+
+def masked(logits: NDArray[np.float32], allowed: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return a copy of logits with -inf where the token's bit in ``allowed``, the lowest of a byte first, is 0 or there is none."""
+    fast = native_mask()
+    if fast is not None:
+        return fast(logits, allowed)
+    bits = np.unpackbits(allowed, bitorder="little", count=len(logits)).view(np.bool_)
+    return np.where(bits, logits, np.float32(-np.inf))
 
 
 def _reason(matcher: LLMatcher) -> str:

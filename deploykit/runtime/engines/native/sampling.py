@@ -1,4 +1,4 @@
-"""Sample tokens with the library of the engine ``native``, from the logits of any engine."""
+"""Mask logits and sample tokens with the library of the engine ``native``, for the logits of any engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,47 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploykit.runtime.engines.native.loader import lacks, open_library
 from deploykit.runtime.engines.protocol import Floats
 
+Mask = Callable[[Floats, NDArray[np.uint8]], Floats]
 Draw = Callable[[Floats, float, int, float, float, float, float], int]
+
+
+@cache
+def _library() -> ctypes.PyDLL | None:
+    # A call takes microseconds: waiting for Python's lock after it would take longer. It also guards the memory.
+    return None if lacks() is not None else ctypes.PyDLL(open_library()._name)
+
+
+@cache
+def native_mask() -> Mask | None:
+    """Return a function that masks logits, or None where the library does not run.
+
+    It takes logits, float32 [vocabulary], and a bit for each token, uint8, the lowest of a byte first. It
+    returns a copy of the logits with -inf where the bit is 0, or there is none.
+    """
+    library = _library()
+    if library is None:
+        return None
+    library.deploykit_mask.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    )
+    library.deploykit_mask.restype = None
+
+    def mask(logits: Floats, allowed: NDArray[np.uint8]) -> Floats:
+        logits = np.ascontiguousarray(logits, np.float32)
+        masked = np.empty_like(logits)
+        library.deploykit_mask(logits.ctypes.data, len(logits), allowed.ctypes.data, len(allowed), masked.ctypes.data)
+        return masked
+
+    return mask
 
 
 @cache
@@ -21,11 +57,9 @@ def native_draw() -> Draw | None:
     It takes logits, float32 [vocabulary], temperature, top_k (0: none), top_p, min_p, typical_p, and a random number from [0, 1).
     It returns -1 if no logit is finite.
     """
-    if lacks() is not None:
+    library = _library()
+    if library is None:
         return None
-    path = open_library()._name
-    # A call takes microseconds: waiting for Python's lock after it would take longer. It also guards the memory.
-    library = ctypes.PyDLL(path)
     library.deploykit_draw_room.argtypes = (ctypes.c_int32,)
     library.deploykit_draw_room.restype = ctypes.c_int64
     library.deploykit_draw.argtypes = (

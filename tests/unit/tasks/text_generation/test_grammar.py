@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.sampling import Sampling, override
+from deploykit.tasks.text_generation import grammar
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.generator import Generated
 from deploykit.tasks.text_generation.grammar import Grammars
@@ -163,3 +164,21 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependencyError, match="llguidance") as raised:
         Grammars(own, 2, [1]).constraint(Sampling(regex="a"))
     assert "deploykit[serve]" in str(raised.value)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 393, 4096])
+@pytest.mark.parametrize("share", [0.001, 0.5, 1.0])
+def test_masks_are_the_same_bits_in_c_and_in_numpy(
+    vocabulary: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(vocabulary)
+    logits = random.normal(size=vocabulary).astype(np.float32)
+    logits[: vocabulary // 4] = np.nan
+    allowed = random.random(-(-vocabulary // 32) * 32) < share
+    packed = np.packbits(allowed, bitorder="little")[: 1 + vocabulary // 9]
+    allowed[8 * len(packed) :] = False  # logits may be wider than the mask
+    expected = np.where(allowed[:vocabulary], logits, np.float32(-np.inf))
+    found = grammar.masked(logits, packed)
+    monkeypatch.setattr(grammar, "native_mask", lambda: None)
+    for each in (found, grammar.masked(logits, packed)):
+        np.testing.assert_array_equal(each.view(np.int32), expected.view(np.int32))

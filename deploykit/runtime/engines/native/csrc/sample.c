@@ -1,5 +1,6 @@
 /* Sample a token from logits, with the rules of runtime/token_distribution.py. */
 #include <math.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -137,6 +138,23 @@ static int draw(const float *shares, const int32_t *places, int n, double unifor
         if (sum > uniform * total) break;
     }
     return last;
+}
+
+/* Return a logit if bit ``k`` of ``allowed`` is 1, else -inf, without a branch: masks in the middle of a text are irregular. */
+static float masked(float logit, unsigned allowed, int k) {
+    uint32_t bits, keep = 0u - (allowed >> k & 1u);
+    memcpy(&bits, &logit, sizeof bits);
+    bits = (bits & keep) | (0xff800000u & ~keep);
+    memcpy(&logit, &bits, sizeof bits);
+    return logit;
+}
+
+/* Write ``n`` logits to ``out``, with -inf where the token's bit in ``allowed``, the lowest of a byte first, is 0, or there is none. */
+API void deploykit_mask(const float *logits, int32_t n, const uint8_t *allowed, int32_t bytes, float *out) {
+    int whole = n / 8 < bytes ? n / 8 : bytes;
+    for (int i = 0; i < whole; i++)
+        for (int k = 0; k < 8; k++) out[8 * i + k] = masked(logits[8 * i + k], allowed[i], k);
+    for (int i = 8 * whole; i < n; i++) out[i] = masked(logits[i], i / 8 < bytes ? allowed[i / 8] : 0, i % 8);
 }
 
 /* Return the bytes of memory that deploykit_draw needs for a vocabulary of ``n``. */
