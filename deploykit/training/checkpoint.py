@@ -83,8 +83,8 @@ def _read_sentencepiece_models() -> None:
 def _restore(tokenizer: Any, file: Path) -> None:
     """Give the tokenizer those parts of its ``file`` in place of which transformers 5, other than 4, makes its own.
 
-    These are SentencePiece's normalization (of DeBERTa-v2 and BigBird), and the separator of a pair, which is one token of
-    DeBERTa, not two.
+    These are SentencePiece's normalization (of DeBERTa-v2 and BigBird), the separator of a pair, which is one token of
+    DeBERTa, not two, and RemBERT's token for what its vocabulary lacks.
     """
     if not file.is_file():
         return
@@ -93,6 +93,8 @@ def _restore(tokenizer: Any, file: Path) -> None:
         used.normalizer = saved.normalizer
     if type(tokenizer).__name__ == "DebertaTokenizer":
         used.post_processor = saved.post_processor
+    if type(tokenizer).__name__ == "RemBertTokenizer":
+        used.model = saved.model
 
 
 def load_config(model: str, **config: Any) -> Any:

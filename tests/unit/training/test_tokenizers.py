@@ -60,3 +60,9 @@ def test_debertas_pairs_have_one_separator(tmp_path: Path) -> None:
     )
     saved.save(str(folder / "tokenizer.json"))
     assert load_tokenizer(str(folder))("w1", "w2").input_ids == saved.encode("w1", "w2").ids
+
+
+def test_remberts_unknown_token_is_that_of_the_file(tmp_path: Path) -> None:
+    folder = _named(write_checkpoint(tmp_path / "model", "albert"), "RemBertTokenizer")
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load_tokenizer(str(folder))("\u2603").input_ids == saved.encode("\u2603").ids
