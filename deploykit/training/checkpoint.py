@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -179,6 +180,22 @@ def pad_token_id_of(tokenizer: Any, config: Any) -> int:
     last = tokenizer("a")["input_ids"][-1:]
     named = (tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
     return next(int(i) for i in (pad_token_id(tokenizer), *named) if i is not None and i not in last)
+
+
+def trained_with_token_types(tokenizer: Any, model: Any) -> bool:
+    """Return whether ``model`` takes the types of the tokenizer's tokens, and was trained with them.
+
+    transformers 5 leaves the types of some tokenizers (ALBERT's, for example) out unless it is asked for them, transformers 4
+    does not: only a list in the tokenizer's own settings counts. BigBird's are left out by both.
+    """
+    config = model.config
+    listed = tokenizer.init_kwargs.get("model_input_names", ["token_type_ids"])
+    return (
+        "token_type_ids" in listed
+        and config.model_type != "big_bird"
+        and int(getattr(config, "type_vocab_size", 0) or 0) > 1
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    )
 
 
 def check_vocabulary(model: Any, tokenizer: Any, origin: str, *, but: str | None = None) -> None:

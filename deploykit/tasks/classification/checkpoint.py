@@ -30,6 +30,7 @@ from deploykit.training.checkpoint import (
     max_tokens,
     pad_token_id_of,
     quiet,
+    trained_with_token_types,
 )
 
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
@@ -92,12 +93,14 @@ def labels_of(config: Any) -> tuple[str, ...]:
 def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:
     """Return whether the tokenizer's token types change the outputs of ``model``, in eval mode."""
     types = "token_type_ids"
-    if types not in tokenizer.model_input_names or types not in inspect.signature(model.forward).parameters:
+    if types not in inspect.signature(model.forward).parameters:
         return False
     known = getattr(model.config, "type_vocab_size", None)
     if known is not None and known < 2:
         return False
-    encoded = tokenizer(*(("a", "a") if pair else ("a",)), return_tensors="pt")
+    if types not in tokenizer.model_input_names and not trained_with_token_types(tokenizer, model):
+        return False
+    encoded = tokenizer(*(("a", "a") if pair else ("a",)), return_tensors="pt", return_token_type_ids=True)
     if encoded[types].any():
         return True
     with torch.inference_mode():
@@ -187,10 +190,13 @@ class TorchClassifier:
 
     def logits_alone(self, text: str) -> NDArray[np.float32]:
         """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all outputs of the
-        checkpoint's tokenizer (for example token types) go into the model."""
+        checkpoint's tokenizer (for example token types) go into the model, and types if it was trained with them."""
         # In lists: transformers takes an empty second text for none, unless it is in one.
         parts = ([part] for part in self._parts(text))
-        encoded = self.tokenizer(*parts, truncation=True, max_length=self.task.max_length, return_tensors="pt")
+        encoded = self.tokenizer(
+            *parts, truncation=True, max_length=self.task.max_length, return_tensors="pt",
+            return_token_type_ids=self.task.token_types or None,
+        )  # fmt: skip
         with torch.inference_mode():
             return np.asarray(self.model(**encoded).logits.float().numpy(), np.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,15 @@ from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.predictor import Answerer, Logits, with_types
 from deploykit.tasks.question_answering.windows import PairTokenizer
-from deploykit.training.checkpoint import check_vocabulary, load_model, load_tokenizer, max_tokens, pad_token_id, quiet
+from deploykit.training.checkpoint import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    max_tokens,
+    pad_token_id,
+    quiet,
+    trained_with_token_types,
+)
 from deploykit.training.padding import padded
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
@@ -107,22 +114,6 @@ def facts_of(tokenizer: Any, model: Any, **chosen: Any) -> QuestionAnswering:
     return QuestionAnswering(
         pad_token_id=pad_token_id(tokenizer),
         question_first=tokenizer.padding_side == "right",
-        token_types=_takes_token_types(tokenizer, model),
+        token_types=trained_with_token_types(tokenizer, model),
         **chosen,
-    )
-
-
-def _takes_token_types(tokenizer: Any, model: Any) -> bool:
-    """Return whether token type ids change the model's outputs, and it was trained with them.
-
-    transformers 5 leaves the types of some tokenizers (ALBERT's, say) out unless it is asked for them, transformers 4 does
-    not: only a list in the tokenizer's own settings counts. BigBird's are left out by both.
-    """
-    config = model.config
-    listed = tokenizer.init_kwargs.get("model_input_names", ["token_type_ids"])
-    return (
-        "token_type_ids" in listed
-        and config.model_type != "big_bird"
-        and int(getattr(config, "type_vocab_size", 0) or 0) > 1
-        and "token_type_ids" in inspect.signature(model.forward).parameters
     )
