@@ -46,10 +46,11 @@ def load(
         ServerError: No server answers at ``url``, or it has no such model.
     """
     from deploykit.tasks.opening import open_predictor
-    from deploykit.tasks.text_generation.draft_model import open_generator
 
     where: dict[str, Any] = {"url": url, "engine": engine, "precision": precision, "threads": threads}
     if draft_model is not None:
+        from deploykit.tasks.text_generation.draft_model import open_generator
+
         return Model(open_generator(str(target), str(draft_model), **where))
     return Model(open_predictor(str(target), **where))
 

@@ -7,9 +7,9 @@ affects all rounds of one run alike: repeat measurements that matter. With fewer
 is "too few rounds".
 
 For a search of the highest rate within a p99 limit, only throughput is compared. Memory and accuracy have one value per
-record: they differ when they are more than 5%, or 0.5 points, apart. An accuracy whose 95 % interval over rows is known
-in both records must also differ by more than both intervals allow, taken as independent; that is strict, because the same
-rows vary alike: ``evaluate --baseline``, which has the rows, finds smaller differences.
+record: they differ when they are more than 5%, or 0.5 points, apart. An accuracy must also differ by more than its 95 %
+intervals over rows allow, taken as independent, as far as the records have them. That is strict, because the same rows vary
+alike: ``evaluate --baseline``, which has the rows, finds smaller differences.
 """
 
 from __future__ import annotations

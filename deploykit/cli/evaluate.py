@@ -105,7 +105,7 @@ def command(
                 if report is not None and wanted is None:
                     if not isinstance(task, Reporting):
                         raise UsageError(f"a model that {task.does} has no report", "leave out --report")
-                    if swaps is not None and not task.counts_flips:
+                    if swaps is not None and not getattr(task, "counts_flips", False):
                         raise UsageError("--swaps is for classifiers", "leave it out")
                     known = _seen(task, predictor.task, name, seen, own, reading)
                     found, behind = task.report(

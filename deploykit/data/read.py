@@ -58,9 +58,13 @@ def reading_notes(source: str, reading: Reading = AS_FOUND) -> list[str]:
 
 
 def check_file(source: str) -> None:
-    """Raise DataError if ``source`` is named as a file and is not there: told before imports that take seconds."""
-    if _has_known_suffix(source) and not os.path.exists(source):
-        raise DataError(f"{source}: no such file", "check the path")
+    """Raise DataError if ``source``, a file or two with a comma between them, is named as a file and is not there: told
+    before imports that take seconds."""
+    if os.path.exists(source):
+        return
+    for part in source.split(","):
+        if _has_known_suffix(part) and not os.path.exists(part):
+            raise DataError(f"{part}: no such file", "check the path")
 
 
 def _has_known_suffix(source: str) -> bool:

@@ -93,7 +93,7 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class NamedTool(Body):
+class NamedFunctionTool(Body):
     type: Literal["function"]
     name: str
 
@@ -132,7 +132,7 @@ class ResponseBody(Body):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     text: TextOptions = TextOptions()
     tools: list[FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
-    tool_choice: NamedTool | Literal["none", "auto", "required"] = "auto"
+    tool_choice: NamedFunctionTool | Literal["none", "auto", "required"] = "auto"
     parallel_tool_calls: bool = True
     stream: bool = False
     stream_options: ResponseStreamOptions | None = None
@@ -160,7 +160,7 @@ class ResponseBody(Body):
     def _choice(cls, value: Any) -> Any:
         if not isinstance(value, dict) and value not in ("none", "auto", "required"):
             raise ValueError('the value should be "none", "auto", "required", or an object with a function\'s name')
-        return NamedTool.model_validate(value) if isinstance(value, dict) else value
+        return NamedFunctionTool.model_validate(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> ResponseBody:
@@ -169,8 +169,9 @@ class ResponseBody(Body):
         try:
             self._chat = self._as_chat()
         except ValidationError as error:
-            message = error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(_renamed(message)) from None
+            fault = error.errors(include_url=False, include_input=False)[0]
+            message = fault["msg"].removeprefix("Value error, ")
+            raise ValueError(f"input: {message}" if fault["loc"] else _renamed(message)) from None
         return self
 
     @property
@@ -183,9 +184,11 @@ class ResponseBody(Body):
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
         for item in self.input:
-            message = item.message()
-            if "tool_calls" in message and messages and messages[-1]["role"] == "assistant":
-                messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])  # of the same answer
+            message, before = item.message(), messages[-1] if messages else {}
+            calls = [*before.get("tool_calls", ()), *message.get("tool_calls", ())]
+            if calls and before.get("role") == message["role"] == "assistant":  # items of the same answer
+                text = (before.get("content") or "") + (message.get("content") or "")
+                before |= {"content": text, "tool_calls": calls}
             else:
                 messages.append(message)
         wanted = {
@@ -200,7 +203,7 @@ class ResponseBody(Body):
             "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
             or None,
             "tool_choice": {"type": "function", "function": {"name": self.tool_choice.name}}
-            if isinstance(self.tool_choice, NamedTool)
+            if isinstance(self.tool_choice, NamedFunctionTool)
             else self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "stream": self.stream,

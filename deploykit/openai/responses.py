@@ -65,6 +65,7 @@ class _Answer:
         self._calls = 0
         self._items: list[dict[str, Any]] = []
         self._open = False  # the last item is a message that continues
+        self._tokens: list[Any] = []  # log probabilities of tokens whose text is held back
         self._response = {
             "id": _new_id("resp"),
             "object": "response",
@@ -98,20 +99,21 @@ class _Answer:
     def read(self, text: str, finish: str, logprobs: Any) -> list[Event]:
         """Return the events for the new ``text``; ``finish`` is "" while the answer continues."""
         found: list[Event] = []
-        tokens = chat_logprobs(logprobs)["content"] if self._body.chat.logprobs else []
+        if self._body.chat.logprobs:
+            self._tokens += chat_logprobs(logprobs)["content"]
         for part in parts_of(self._parser, text, ended=bool(finish)):
             if isinstance(part, ToolCall):
+                self._tokens = []  # those of the call, which has no place for them
                 if self._body.parallel_tool_calls or not self._calls:
                     self._calls += 1
                     found += [*self._close("completed"), *self._call(part)]
-            elif part or tokens:
-                found += [*self._open_message(), self._add(part, tokens)]
-                tokens = []
-        if tokens:  # their text is held back
-            found += [*self._open_message(), self._add("", tokens)]
+            elif part:
+                found += [*self._open_message(), self._add(part)]
         if finish:
             status = "incomplete" if finish == "length" else "completed"
             found += [] if self._items else self._open_message()
+            if self._open and self._tokens:
+                found.append(self._add(""))
             found += [*self._close(status), self._end(status)]
         return found
 
@@ -142,8 +144,10 @@ class _Answer:
             },
         ]
 
-    def _add(self, text: str, tokens: list[Any]) -> Event:
+    def _add(self, text: str) -> Event:
+        """Add text, and the log probabilities that wait for it."""
         [part] = self._items[-1]["content"]
+        tokens, self._tokens = self._tokens, []
         part["text"] += text
         part["logprobs"] += tokens
         return {

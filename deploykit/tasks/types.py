@@ -75,10 +75,10 @@ class ReportOptions:
 
 @runtime_checkable
 class Reporting(Protocol):
-    """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one."""
+    """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one.
 
-    counts_flips: bool
-    """Whether the report counts the answers that change with a word, so that it takes ``ReportOptions.swaps``."""
+    Its report counts the answers that change with a word, by ``ReportOptions.swaps``, if ``counts_flips`` is true.
+    """
 
     def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options, generation: Options,
                options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
@@ -139,3 +139,14 @@ class Grade:
     answers: tuple[str, ...]
     metrics: Mapping[str, Any]
     measure: Measure | None = field(default=None, repr=False, compare=False)
+
+
+@runtime_checkable
+class Drafting(Protocol):
+    """A task whose models can be packaged with a draft model. A task need not be one."""
+
+    def draft_files(self, directory: Path, engine: str, draft: Path) -> tuple[dict[str, Path], str]:
+        """Return the files of the export ``draft``, by their names in a packaged model, and its digest.
+
+        Raises UsageError if it cannot guess for the export in ``directory``, which ``engine`` runs.
+        """

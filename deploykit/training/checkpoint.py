@@ -23,6 +23,7 @@ from deploykit.training.source import ADAPTER, check_family, check_source, read_
 from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
 
 _DEFAULT_MAX_LENGTH = 512
+_JSON_FILES = ("*config.json", "tokenizer.json", "special_tokens_map.json", "*.index.json")
 _CHARSMAP = "precompiled_charsmap"
 _POSITIONS_AFTER_PADDING = frozenset((
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "roberta",
@@ -224,7 +225,7 @@ def not_loadable(model: str, error: Exception) -> ArtifactError:
             f"{model}: is not a local folder, and could not be fetched from the hub: {reason}",
             "check the name and the network, or give the folder of a checkpoint",
         )
-    for path in sorted(Path(model).glob("*.json")):
+    for path in sorted(path for name in _JSON_FILES for path in Path(model).glob(name) if path.is_file()):
         read_json(path)
     return ArtifactError(f"{model}: cannot be loaded: {reason}", "check that the checkpoint is whole")
 

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import Seq2SeqSequenceClassifierOutput
-
-
-def read_last_end(model: Any) -> Any:
-    """Return ``model`` with a forward pass that finds the last end token of each row; another model unchanged.
-
-    transformers selects all end tokens of a batch and distributes them evenly. A text that contains an end token ("</s>")
-    then fails the batch, or moves other rows' tokens, in an exported graph silently.
-    """
-    if model.config.is_encoder_decoder and hasattr(model, "classification_head"):
-        model.forward = types.MethodType(_forward, model)
-    return model
 
 
 def _forward(
@@ -34,3 +22,16 @@ def _forward(
     last = (places * ends).argmax(dim=1)
     rows = torch.arange(input_ids.shape[0], device=input_ids.device)
     return Seq2SeqSequenceClassifierOutput(logits=self.classification_head(hidden[rows, last]))
+
+
+def read_last_end(model: Any) -> Any:
+    """Return ``model`` with a forward pass that finds the last end token of each row; another model unchanged.
+
+    transformers selects all end tokens of a batch and distributes them evenly. A text that contains an end token ("</s>")
+    then fails the batch, or moves other rows' tokens, in an exported graph silently.
+    """
+    kind = type(model)
+    if model.config.is_encoder_decoder and hasattr(model, "classification_head") and kind.forward is not _forward:
+        # Of the class, not of the object: torch's DataParallel copies the object's attributes.
+        model.__class__ = type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})
+    return model

@@ -84,8 +84,8 @@ def find_triton() -> EmbeddedTriton:
     if own.is_file() and own.resolve() != linked.get(libpython):
         folders.insert(1, str(own.parent))
         linked = linked_libraries(stub, folders)
-    linked |= linked_libraries(triton / "bin" / "tritonserver", folders)
-    missing = sorted(name for name, path in linked.items() if path is None)
+    servers = linked_libraries(triton / "bin" / "tritonserver", folders)
+    missing = sorted({name for found in (linked, servers) for name, path in found.items() if path is None})
     if libpython in missing:
         raise MissingDependencyError(
             f"{libpython}, which the server's Python processes need, is not installed",

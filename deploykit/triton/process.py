@@ -225,7 +225,9 @@ class TritonProcess:
         deadline = time.monotonic() + timeout
         try:
             connection.request(method, path, headers=dict(headers or {}))
-            while not select.select([connection.sock], [], [], 0.1)[0]:
+            answered = select.poll()  # select takes no descriptor above 1,023
+            answered.register(connection.sock, select.POLLIN)
+            while not answered.poll(100):
                 if self.exit_code is not None:
                     raise ConnectionResetError("Triton ended")
                 if time.monotonic() >= deadline:

@@ -28,6 +28,7 @@ from deploykit.runtime.serving_settings import ServingSettings, check_name
 from deploykit.signatures import verify_signature
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import get_task, task_names, task_of, task_to_json
+from deploykit.tasks.types import Drafting
 from deploykit.triton.backends import BACKEND
 
 CONFIG = "config.pbtxt"
@@ -111,11 +112,13 @@ def package(
         file: export_dir / file for file in (*graphs.files, *task_of(export.task).tokenizer_files(list(export.files)))
     }
     if draft_model is not None:
-        from deploykit.tasks.text_generation.draft_model import draft_file
-        from deploykit.tasks.text_generation.predictor import DRAFT_FILE
-
-        sources[DRAFT_FILE] = draft_file(export_dir, graphs.engine, draft_model)
-        options["draft_model"] = load_manifest(draft_model, "export").digest
+        task = task_of(export.task)
+        if not isinstance(task, Drafting):
+            raise UsageError(
+                f"a draft model is for language models, and {export_dir} is none", "leave --draft-model out"
+            )
+        files, options["draft_model"] = task.draft_files(export_dir, graphs.engine, draft_model)
+        sources |= files
     streamer = f"{name}{STREAM_SUFFIX}" if stream and task_of(export.task).stream_backend else None
 
     kept = _place_config(repository / name, export.task, settings, engine=graphs.engine, overwrite=overwrite_config)

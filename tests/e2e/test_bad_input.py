@@ -193,7 +193,11 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
         (("export", "runs", "--output-dir", "x", "--trt", "--precision", "fp8"), 2, "fp8"),
         (("export", "runs", "--output-dir", "x", "--trt", "--maxShapes", "batch=4"), 2, "--maxShapes 1 times"),
         (("export", "runs", "--output-dir", "x", "--trt", "--memPoolSize", "much"), 2, "--memPoolSize"),
-        (("export", "runs", "--output-dir", "x", "--trt", "--gpu", "sm_86", "--target", "sm_89"), 2, "given twice: sm_86, sm_89"),
+        (
+            ("export", "runs", "--output-dir", "x", "--trt", "--gpu", "sm_86", "--target", "sm_89"),
+            2,
+            "given twice: sm_86, sm_89",
+        ),
         (("dance",), 2, "dance"),
     ],
 )

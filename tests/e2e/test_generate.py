@@ -569,7 +569,7 @@ def test_odd_rows_to_answer(deploykit: Deploykit, run: Path, tmp_path: Path) -> 
         others,
         (
             "template does not write them",
-            "messages[0].content[0] is no text",
+            "messages[0].content[0] is not a text",
             "messages[0].role is 'narrator'",
             "should hold JSON",
             "tools[0] has no",

@@ -269,7 +269,7 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
     assert " with typos: " in err
     splits = "".join(path.read_text() for path in (tmp_path / "whole" / "splits").iterdir())
     assert " with typos" not in splits, "only the training sees the copies"
-    assert "copies of them" in (tmp_path / "whole" / "README.md").read_text()
+    assert "copies of the training rows" in (tmp_path / "whole" / "README.md").read_text()
     whole = json.loads(out)
     kill_at_step(7, *words, "--output-dir", tmp_path / "killed")
     assert list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json"))

@@ -104,11 +104,16 @@ class ClassificationStage:
             reading=options,
             split=split,
         )
-        self._columns = found
         if columns is None:  # the training rows
             self._known_labels |= {
                 n for row in raw if row.label for n in label_parts(row.label, multi_label=options.multi_label)
             }
+            if not options.multi_label and not options.regression:
+                given = [row.label for row in raw if row.label]
+                if not options.label_order:
+                    refuse_lone_labels(given, source, found.labels)
+                for doubt in label_doubts(given):
+                    _LOG.warning("%s: %s", source, doubt)
         return raw, found
 
     def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
@@ -136,12 +141,6 @@ class ClassificationStage:
                     "--qat continues the training of a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
-        if not multi_label:
-            given = [row.label for row in splits["train"]]
-            if not self._options.label_order:
-                refuse_lone_labels(given, self._options.train, self._columns.labels)
-            for doubt in label_doubts(given):
-                _LOG.warning("%s: %s", self._options.train, doubt)
         if named := self._options.named_labels:
             check_labels(splits["train"], named, f"{self._options.train}, --labels", multi_label=multi_label)
             labels = named

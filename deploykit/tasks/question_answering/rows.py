@@ -140,7 +140,7 @@ def _row(record: Record, labelled: bool) -> RawRow:
     impossible = _impossible(values, origin)
     if values.get("answers") not in (None, ""):
         answers = _answers(values["answers"], origin)
-        if not any(place is not None for _, place in answers):
+        if answers and not any(place is not None for _, place in answers):
             answers = tuple(
                 zip((text for text, _ in answers), _places(values.get("answer_start"), len(answers), origin))
             )

@@ -47,7 +47,6 @@ class _QuestionAnswering:
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""
-    counts_flips = False
 
     def read_facts(self, record: Mapping[str, Any]) -> QuestionAnswering:
         return QuestionAnswering(**record)

@@ -217,7 +217,7 @@ def _restore_first_letters(text: str, begin: int, offsets: Ints) -> None:
     gaps = np.flatnonzero(offsets[:, 0] > covered)
     if not len(gaps):
         return
-    characters = np.frombuffer(text[begin : int(offsets[-1, 1])].encode("utf-32-le", "surrogatepass"), np.uint32)
+    characters = np.frombuffer(text[begin : int(offsets[:, 1].max())].encode("utf-32-le", "surrogatepass"), np.uint32)
     for token in gaps[characters[offsets[gaps, 0] - 1 - begin] > ord(" ")]:
         start, least = int(offsets[token, 0]), int(covered[token])
         while start > least and _visible(text[start - 1]):

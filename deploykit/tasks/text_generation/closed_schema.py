@@ -13,6 +13,7 @@ _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 """Keywords that say which other properties an object may have."""
 _MERGING = {"not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"}
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
+_OF_OBJECTS = {"properties", "required", "minProperties", "dependentRequired"}
 _NAMED = ("properties", "$defs", "definitions")
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties")
@@ -57,6 +58,6 @@ def _merges(part: dict[str, Any]) -> bool:
     return (
         bool(_MERGING & part.keys())
         or len(combined) > 1
-        or (bool(combined) and "properties" in part)
+        or (bool(combined) and bool(_OF_OBJECTS & part.keys()))
         or (isinstance(all_of, list) and len(all_of) > 1)
     )

@@ -33,13 +33,14 @@ def open_generator(
             "give an export; of a served model, give --draft-model to deploykit package",
         )
     graphs = find_graphs(path, manifest, engine=engine, precision=precision)
-    draft = draft_file(path, graphs.engine, Path(draft_model))
+    draft, _ = draft_weights(path, graphs.engine, Path(draft_model))
     facts: Any = manifest.task
     return load_generator(path, facts, graphs.engine, graphs.files[0], threads or available_cpus(), draft=draft)
 
 
-def draft_file(directory: Path, engine: str, draft: Path) -> Path:
-    """Return the weights of the export ``draft``, to guess tokens of the export in ``directory``, which ``engine`` runs.
+def draft_weights(directory: Path, engine: str, draft: Path) -> tuple[Path, str]:
+    """Return the file with the weights of the export ``draft``, to guess tokens of the export in ``directory``, which ``engine``
+    runs; and the digest of ``draft``.
 
     Raises UsageError, naming the first difference, if their tokens differ, or the engine does not support guesses.
     """
@@ -61,7 +62,8 @@ def draft_file(directory: Path, engine: str, draft: Path) -> Path:
             f"{draft} cannot guess for {directory}: {difference}",
             "give the export of a smaller model with the same tokenizer, such as a student: finetune --teacher",
         )
-    return draft / find_graphs(draft, manifest, engine=_ENGINE, precision="auto", to_run=False).files[0]
+    graphs = find_graphs(draft, manifest, engine=_ENGINE, precision="auto", to_run=False)
+    return draft / graphs.files[0], manifest.digest
 
 
 def _difference(directory: Path, target: TextGeneration, draft: Path, small: TextGeneration) -> str:

@@ -48,7 +48,6 @@ class _TextGeneration:
     settings = ("max_rows", "max_cache_mb")
     instances = 1
     stream_backend = ""
-    counts_flips = False
 
     def read_facts(self, record: Mapping[str, Any]) -> TextGeneration:
         return TextGeneration(**{**record, "sampling": Sampling.from_record(record["sampling"])})
@@ -90,6 +89,13 @@ class _TextGeneration:
         from deploykit.tasks.text_generation.served import ServedGenerator
 
         return ServedGenerator(name, url)
+
+    def draft_files(self, directory: Path, engine: str, draft: Path) -> tuple[dict[str, Path], str]:
+        from deploykit.tasks.text_generation.draft_model import draft_weights
+        from deploykit.tasks.text_generation.predictor import DRAFT_FILE
+
+        weights, digest = draft_weights(directory, engine, draft)
+        return {DRAFT_FILE: weights}, digest
 
     def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
         from deploykit.tasks.text_generation.chat_template import FILE

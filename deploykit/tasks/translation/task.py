@@ -45,7 +45,6 @@ class _Translation:
     settings = ("max_rows", "max_cache_mb", "long_input", "split", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
-    counts_flips = False
 
     def read_facts(self, record: Mapping[str, Any]) -> Translation:
         return Translation(**{**record, "generation": Generation(**record["generation"])})

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from deploykit.data.read import check_file
+from deploykit.errors import DataError
+
 
 @pytest.mark.parametrize(
     "words",
@@ -29,3 +32,12 @@ def test_a_missing_file_is_told_at_once(tmp_path: Path, words: tuple[str, ...]) 
     assert done.returncode == 1
     assert "none.csv: no such file" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_two_files_of_pairs_are_looked_for_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "a.en.gz").touch()
+    (tmp_path / "a.fr.gz").touch()
+    check_file(f"{tmp_path}/a.en.gz,{tmp_path}/a.fr.gz")
+    check_file("a name at the hub, or a model")
+    with pytest.raises(DataError, match=r"^b\.fr\.gz: no such file"):
+        check_file(f"{tmp_path}/a.en.gz,b.fr.gz")

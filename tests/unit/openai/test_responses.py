@@ -127,6 +127,30 @@ def test_a_function_is_called_and_its_result_goes_back(plain: httpx.Client, serv
     assert sent[2]["content"] == "sunny"
 
 
+def test_log_probabilities_beside_a_call_are_those_of_the_text(plain: httpx.Client, service: Service) -> None:
+    asked: dict[str, Any] = {"input": "weather?", "tools": [WEATHER], "top_logprobs": 1}
+    text, call = post(plain, **asked).json()["output"]
+    assert "".join(token["token"] for token in text["content"][0]["logprobs"]).startswith("I look it up.")
+    assert call["type"] == "function_call"
+    with openai.OpenAI(base_url=service.url, api_key="none", max_retries=0) as client:
+        *_, last = client.responses.create(model="writer", **asked, stream=True)
+    assert [item.type for item in last.response.output] == ["message", "function_call"]  # type: ignore[union-attr]
+    only = post(plain, **asked, tool_choice="required").json()["output"]
+    assert [item["type"] for item in only] == ["function_call"]
+
+
+def test_items_of_one_answer_are_one_message(plain: httpx.Client, service: Service) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"}
+    dialog = [{"role": "user", "content": "weather?"}, call, {"role": "assistant", "content": ""},
+              {"type": "function_call_output", "call_id": "c", "output": "sunny"}]  # fmt: skip
+    assert post(plain, input=dialog, tools=[WEATHER]).status_code == 200
+    sent = json.loads(service.triton.model.asked[-1].messages or "")["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool"]
+    many = post(plain, input=[{**call, "call_id": str(i)} for i in range(200)], tools=[WEATHER])
+    assert many.status_code == 400
+    assert many.json()["error"]["param"] == "input"
+
+
 def test_a_named_function_must_be_called(plain: httpx.Client) -> None:
     answer = post(plain, tools=[WEATHER], tool_choice={"type": "function", "name": "get_weather"}).json()
     assert [item["type"] for item in answer["output"]] == ["function_call"]

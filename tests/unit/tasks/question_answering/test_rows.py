@@ -317,6 +317,8 @@ def test_a_row_of_a_table_may_say_that_there_is_no_answer(tmp_path: Path) -> Non
     table = f"question,context,answer,answers,is_impossible\nq,{context},Rome,,True\nr,{context},Rome,,false\ns,{context},Rome,,\n"
     assert _examples(_write(tmp_path / "rows.json", [plausible]))[0].answers == Answers()
     assert _examples(_write(tmp_path / "only.json", [{**plausible, "answers": None}]))[0].answers == Answers()
+    none = {"question": "q", "context": context, "answers": [], "answer_start": -1}
+    assert _examples(_write(tmp_path / "none.json", [none]))[0].answers == Answers()
     found = _examples(_write(tmp_path / "rows.csv", table))
     assert [e.answers.text for e in found] == [(), ("Rome",), ("Rome",)]
 

@@ -45,6 +45,8 @@ def test_an_object_is_closed_wherever_it_stands(within: Any) -> None:
         {"allOf": [PERSON, {"properties": {"age": {}}}]},
         {"$defs": {"P": PERSON}, "$ref": "#/$defs/P", "properties": {"age": {}}},
         {**PERSON, "anyOf": [{"properties": {"age": {}}}, {"properties": {"size": {}}}]},
+        {"$defs": {"P": PERSON}, "$ref": "#/$defs/P", "required": ["age"]},
+        {"required": ["a", "b"], "anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
         {"not": PERSON},
         True,
         [],
