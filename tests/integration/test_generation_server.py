@@ -373,7 +373,7 @@ def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str
         ({"messages": json.dumps([{"role": "robot", "content": "a"}])}, "messages[0].role is 'robot'"),
         (
             {"messages": json.dumps([{"role": "user", "content": [{"type": "image_url"}]}])},
-            "messages[0].content[0] is no text",
+            "messages[0].content[0] is not a text",
         ),
         ({"messages": json.dumps([{"role": "user", "content": None}])}, "messages[0].content is not a text"),
         ({"text_input": "a", "sampling_parameters": "[]"}, "sampling_parameters is not a JSON object"),
