@@ -151,7 +151,9 @@ def _split_targets(targets: tuple[str, ...], gpu: str | None, language: str | No
     languages = [target for target in targets if target not in gpus] + ([language] if language else [])
     if max(len(gpus), len(languages)) > 1:
         raise UsageError(
-            f"an option is given twice: {', '.join(gpus if len(gpus) > 1 else languages)}",
+            f"several GPUs are given: {', '.join(gpus)}"
+            if len(gpus) > 1
+            else f"several target languages are given: {', '.join(languages)}",
             "give --target-lang once, and --gpu once",
         )
     return next(iter(gpus), None), next(iter(languages), None)

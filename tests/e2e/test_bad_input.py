@@ -196,7 +196,7 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
         (
             ("export", "runs", "--output-dir", "x", "--trt", "--gpu", "sm_86", "--target", "sm_89"),
             2,
-            "given twice: sm_86, sm_89",
+            "several GPUs are given: sm_89, sm_86",
         ),
         (("dance",), 2, "dance"),
     ],
