@@ -82,7 +82,7 @@ def test_a_run_says_what_is_seldom_meant(
     )  # fmt: skip
     assert code == 0, err
     assert "4 of 27 rows have the text of another row with another label" in caplog.text
-    assert "'good' (10 rows), 'Good' (1 row); write them alike" in caplog.text
+    assert "'good' (12 rows), 'Good' (2 rows); write them alike" in caplog.text
     assert "texts have 4 tokens or more: what is beyond is not read (--max-length)" in err
     assert "so few rows say little: give more with --test" in out
 
