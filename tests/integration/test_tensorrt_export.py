@@ -245,7 +245,7 @@ def test_an_unknown_operator_is_named_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"SecretRelu of model\.fp16\.onnx \(node /model/layer\.0/act/Act, from the PyTorch "
                        r"module layer\.0\.act\)") as refused:  # fmt: skip
         build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
-    assert "have the module layer.0.act compute it with other operators" in str(refused.value.remedy)
+    assert "change the module layer.0.act to use other operators" in str(refused.value.remedy)
     assert not list(tmp_path.glob("*.engine"))
 
 
