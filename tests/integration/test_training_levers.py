@@ -327,7 +327,7 @@ def test_levers_by_layer_are_refused_where_layers_are_not_known(levers: dict[str
     from transformers import AlbertConfig, AlbertForSequenceClassification
 
     config = AlbertConfig(vocab_size=20, embedding_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=8)
-    with pytest.raises(UsageError, match="the layers of a albert are not known"):
+    with pytest.raises(UsageError, match="deploykit does not know the layers of a albert"):
         _train(AlbertForSequenceClassification(config), tmp_path, **levers)
 
 
