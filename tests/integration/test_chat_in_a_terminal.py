@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,12 @@ LINE = "list the file here"
 PROMPT = re.compile(r"(?:^|\n)> $")
 
 
+def _in_terminal() -> None:
+    """Make standard input the controlling terminal, and have Ctrl-C noticed, also where the tests run in the background."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A pseudo-terminal with a command in it. ``shown`` is all that it showed."""
 
@@ -36,7 +43,7 @@ class Terminal:
         environment = {**os.environ, "TERM": "dumb"}
         self.process = subprocess.Popen(
             words, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # it becomes the controlling terminal
+            preexec_fn=_in_terminal,
         )  # fmt: skip
         os.close(terminal)
         self.shown = ""

@@ -189,8 +189,9 @@ def test_serve_notices_at_once_that_triton_ended_while_it_asks_it_to_unload(repo
 def test_a_process_of_a_replaced_model_that_does_not_end_is_killed(fresh: Supervised) -> None:
     """Stopped while it answers, it would keep its memory, and its clients would wait, for ever."""
     server = fresh.server
+    assert wait_until(lambda: len([one for one in family(server) if not gone(one)]) == 3, 30)
     with ThreadPoolExecutor(8) as pool:
-        killed, stopped = family(server)[1:]
+        killed, stopped = [one for one in family(server) if not gone(one)][1:]
         asked = [pool.submit(post, server, body(LONG)) for _ in range(8)]
         time.sleep(0.5)
         stopped.send_signal(signal.SIGSTOP)
