@@ -351,7 +351,7 @@ def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str
     assert idle(server)
     address, path = url.removeprefix("http://").split("/", 1)
     silent = [http.client.HTTPConnection(address, timeout=30) for _ in range(4)]
-    body = {"model": "lm", "messages": DIALOG, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+    body = {"model": "lm", "messages": DIALOG, "stream": True, "max_tokens": 3000, "ignore_eos": True}
     for connection in silent:
         connection.request("POST", f"/{path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     assert wait_until(lambda: running(server)[0] == 4, 10)
