@@ -6,6 +6,7 @@ Source: OpenAI API reference, "Create chat completion".
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -50,6 +51,27 @@ class TextPart(Body):
     text: str
 
 
+def joined_parts(value: Any, fields: Mapping[str, str]) -> Any:
+    """Join the parts of a content that is a list. Only text is read: ``fields`` has the field of it for each type of part. The first
+    type is named in errors."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        field = fields.get(kind) if isinstance(kind, str) else None
+        text = part.get(field) if field else None
+        if not isinstance(text, str):
+            shown = kind if isinstance(kind, str) and not field else "something else"
+            wanted = next(iter(fields))
+            message = (
+                f"part {{index}} should be {{type: {wanted}, text: …}}, it is {{shown}}: the model reads only text"
+            )
+            raise PydanticCustomError("content_part", message, {"index": index, "shown": shown[:40]})
+        texts.append(text)
+    return "".join(texts)
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
@@ -62,19 +84,7 @@ class Message(Body):
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
     def _text(cls, value: Any) -> Any:
-        """Join the parts of a content that is a list. Only text is read."""
-        if not isinstance(value, list):
-            return value
-        texts = []
-        for index, part in enumerate(value):
-            kind = part.get("type") if isinstance(part, dict) else None
-            text = part.get("text") if isinstance(part, dict) else None
-            if kind != "text" or not isinstance(text, str):
-                shown = kind if isinstance(kind, str) and kind != "text" else "something else"
-                message = "part {index} should be {type: text, text: …}, it is {shown}: the model reads only text"
-                raise PydanticCustomError("content_part", message, {"index": index, "shown": shown[:40]})
-            texts.append(text)
-        return "".join(texts)
+        return joined_parts(value, {"text": "text"})
 
     @model_validator(mode="after")
     def _complete(self) -> Message:
@@ -101,8 +111,11 @@ class Function(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class OfFunction(Body):
     type: Literal["function"]
+
+
+class Tool(OfFunction):
     function: Function
 
 
@@ -110,8 +123,7 @@ class NamedFunction(Body):
     name: str
 
 
-class NamedTool(Body):
-    type: Literal["function"]
+class NamedTool(OfFunction):
     function: NamedFunction
 
 

@@ -10,20 +10,27 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from deploykit.openai.chat_request import MAX_MESSAGES, MAX_TOOLS, Arguments, ChatBody, FunctionName
+from deploykit.openai.chat_request import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Arguments,
+    ChatBody,
+    Function,
+    FunctionName,
+    NamedFunction,
+    OfFunction,
+    joined_parts,
+)
 from deploykit.openai.errors import ApiError
 from deploykit.openai.read_body import Body
-from deploykit.openai.sampling_fields import MAX_TOP_LOGPROBS, MOST_TOKENS
+from deploykit.openai.sampling_fields import MAX_TOP_LOGPROBS, MOST_TOKENS, WithoutEffect
 from deploykit.openai.structured import JsonSchema
 
 _FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 """Names of fields in a chat completion -> names here."""
 _LOGPROBS = "message.output_text.logprobs"
-_PARTS = ("input_text", "output_text", "text", "refusal")
-
-
+_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _OF_KIND = {
     "message": ("role", "content"),
     "function_call": ("call_id", "name", "arguments"),
@@ -51,19 +58,7 @@ class Item(Body):
     @field_validator("content", "output", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _text(cls, value: Any) -> Any:
-        """Join the parts of a content that is a list. Only text is read."""
-        if not isinstance(value, list):
-            return value
-        texts = []
-        for index, part in enumerate(value):
-            kind = part.get("type") if isinstance(part, dict) else None
-            text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-            if kind not in _PARTS or not isinstance(text, str):
-                shown = kind if isinstance(kind, str) and kind not in _PARTS else "something else"
-                message = "part {index} should be {type: input_text, text: …}, it is {shown}: the model reads only text"
-                raise PydanticCustomError("content_part", message, {"index": index, "shown": shown[:40]})
-            texts.append(text)
-        return "".join(texts)
+        return joined_parts(value, _PARTS)
 
     @model_validator(mode="after")
     def _complete(self) -> Item:
@@ -85,17 +80,12 @@ class Item(Body):
         return {"role": self.role, "content": self.content}
 
 
-class FunctionTool(Body):
-    type: Literal["function"]
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: bool | None = None
+class FunctionTool(Function, OfFunction):
+    pass
 
 
-class NamedFunctionTool(Body):
-    type: Literal["function"]
-    name: str
+class NamedFunctionTool(NamedFunction, OfFunction):
+    pass
 
 
 class TextFormat(JsonSchema):
@@ -120,8 +110,8 @@ class ResponseStreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class ResponseBody(Body):
-    """Fields of OpenAI's API. The last ones have no effect here."""
+class ResponseBody(WithoutEffect):
+    """Fields of OpenAI's API."""
 
     model: str = Field(min_length=1, max_length=256)
     input: list[Item] = Field(min_length=1, max_length=MAX_MESSAGES - 1)
@@ -140,13 +130,6 @@ class ResponseBody(Body):
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
-
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
     _chat: ChatBody = PrivateAttr()
 

@@ -57,8 +57,19 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class GenerationBody(Body):
-    """Fields of OpenAI's API, then those of vLLM's. The last ones have no effect here."""
+class WithoutEffect(Body):
+    """Fields of OpenAI's API that have no effect here."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class GenerationBody(WithoutEffect):
+    """Fields of OpenAI's API, then those of vLLM's."""
 
     model: str = Field(min_length=1, max_length=256)
     stream: bool = False
@@ -84,13 +95,6 @@ class GenerationBody(Body):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_STOPS)
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod

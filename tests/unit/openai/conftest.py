@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import openai
 import pytest
 from fake_triton import FakeTriton
 from openai_service import Service, serve
@@ -25,3 +26,9 @@ def base_url(request: pytest.FixtureRequest) -> str:
 def model() -> str:
     """The language model there."""
     return os.environ.get("DEPLOYKIT_TEST_OPENAI_MODEL", "writer")
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        yield client

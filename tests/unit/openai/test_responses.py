@@ -23,12 +23,6 @@ WEATHER: Any = {
 
 
 @pytest.fixture(scope="module")
-def client(base_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def plain(service: Service) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.url, timeout=10) as client:
         yield client
