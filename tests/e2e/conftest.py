@@ -178,3 +178,11 @@ def with_ranges() -> Callable[..., None]:
         )
 
     return change
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    lines = [f"w{i % 40} w{i * 7 % 40} number {i},{('bad', 'good')[i % 2]}" for i in range(600)]
+    path.write_text("\n".join(["text,label", *lines]))
+    return path

@@ -21,14 +21,6 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.csv"
-    lines = [f"w{i % 40} w{i * 7 % 40} number {i},{('bad', 'good')[i % 2]}" for i in range(600)]
-    path.write_text("\n".join(["text,label", *lines]))
-    return path
-
-
-@pytest.fixture(scope="module")
 def checkpoint(make_tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("made") / "checkpoint")
 
