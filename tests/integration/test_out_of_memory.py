@@ -9,6 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import pytest
 from served import body, outputs, post, start, supervised, wait_until
 
 from deploykit.triton.repository import package
@@ -27,7 +28,11 @@ def limit(server: TritonServer, model: str) -> None:
             resource.prlimit(process.pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
-def test_a_request_without_memory_fails_alone(tiny_export: Path, tmp_path: Path) -> None:
+def test_a_request_without_memory_fails_alone(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Large blocks go back to the system when they are freed: memory kept from an earlier request would serve the next one.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))
     for name in ("tiny", "other"):
         package(tiny_export, name, tmp_path, engine="onnxruntime", precision="fp32")
     with start(tmp_path) as server, supervised(server):
@@ -51,6 +56,6 @@ def test_a_request_without_memory_fails_alone(tiny_export: Path, tmp_path: Path)
             status, answer = ask(MANY)
             failed = time.monotonic()
             # A library that cannot go on without memory ends the process; Triton 2.51 ends too if that one held a lock.
-            assert status == 503 or (status, answer["error"]) == (500, NO_MEMORY), answer
+            assert status == 503 or (status, answer.get("error")) == (500, NO_MEMORY), (status, answer)
             assert wait_until(answer_again, 20)
             print(json.dumps({"fault": "no memory", "status": status, "seconds": round(time.monotonic() - failed, 2)}))
