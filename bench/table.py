@@ -511,6 +511,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "gpu": ("gpu-*", render_gpu),
     "generation": ("generation", render_generation),
     "generation-amx": ("generation-amx", render_generation),
+    "generation-avx512vnni": ("generation-avx512vnni", render_generation),
     "instruction-sets": ("instruction-sets-*", render_instruction_sets),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
