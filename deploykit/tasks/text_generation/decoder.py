@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from deploykit.errors import DataError, DeploykitError
 from deploykit.runtime.engines.causal_lm import CausalLm, Logits, MixingCausalLm, Part
-from deploykit.runtime.sampling import Sampler, Sampling
+from deploykit.runtime.sampler import Sampler
+from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.stream_text import StreamText
 from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
 from deploykit.tasks.text_generation.draft import Draft

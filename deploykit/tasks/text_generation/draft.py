@@ -20,7 +20,7 @@ import numpy as np
 
 from deploykit.errors import DeploykitError
 from deploykit.runtime.engines.causal_lm import CausalLm, MixingCausalLm
-from deploykit.runtime.sampling import Sampler
+from deploykit.runtime.sampler import Sampler
 from deploykit.tasks.text_generation.prefixes import Prefixes
 
 if TYPE_CHECKING:

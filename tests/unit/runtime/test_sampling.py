@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from deploykit.errors import UsageError
-from deploykit.runtime.sampling import Sampler, Sampling, override
+from deploykit.runtime.sampler import Sampler
+from deploykit.runtime.sampling import Sampling, override
 from deploykit.runtime.token_distribution import distribution, draw, top_tokens
 
 LOGITS = np.random.default_rng(0).normal(0, 3, 200).astype(np.float32)

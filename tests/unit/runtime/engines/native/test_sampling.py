@@ -10,7 +10,8 @@ import pytest
 from deploykit.errors import EngineError
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.engines.native.sampling import Draw, native_draw
-from deploykit.runtime.sampling import Sampler, Sampling
+from deploykit.runtime.sampler import Sampler
+from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution
 
 if loader.lacks() is not None:
