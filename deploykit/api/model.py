@@ -47,12 +47,10 @@ def load(
     """
     from deploykit.tasks.opening import open_predictor
 
-    where: dict[str, Any] = {"url": url, "engine": engine, "precision": precision, "threads": threads}
-    if draft_model is not None:
-        from deploykit.tasks.text_generation.draft_model import open_generator
-
-        return Model(open_generator(str(target), str(draft_model), **where))
-    return Model(open_predictor(str(target), **where))
+    draft = None if draft_model is None else str(draft_model)
+    return Model(
+        open_predictor(str(target), url=url, engine=engine, precision=precision, threads=threads, draft_model=draft)
+    )
 
 
 class Model:
@@ -147,13 +145,11 @@ class Model:
             DataError: The prompt is too long, or its messages are malformed.
             UsageError: An option of ``generation`` is unknown, or the model is not a language model.
         """
-        stream = getattr(self.predictor, "stream", None)
-        if stream is None:
-            raise UsageError(f"a model that {self._task.does} cannot stream", "use predict")
-        from deploykit.tasks.text_generation.generator import as_prompt
+        from deploykit.tasks.types import Streaming
 
-        asked = as_prompt(self.predictor, prompt)  # type: ignore[arg-type]
-        yield from stream(asked, self._task.override(self.task, generation))
+        if not isinstance(self._task, Streaming):
+            raise UsageError(f"a model that {self._task.does} cannot stream", "use predict")
+        yield from self._task.stream(self.predictor, prompt, self._task.override(self.task, generation))
 
     def evaluate(
         self,

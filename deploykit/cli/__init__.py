@@ -1,7 +1,11 @@
-"""The command line. Commands parse, call and print; each imports heavy packages only when it runs."""
+"""The command line. Commands parse, call and print; each imports heavy packages only when it runs.
+
+A command for models of one task is in the folder of that task.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 
@@ -24,10 +28,6 @@ _COMMANDS: Mapping[str, str] = {
     "serve": "Serve a model repository with Triton.",
     "top": "Show rates, latencies and queues of a running server.",
     "predict": "Answer texts with a served or local model of any task.",
-    "answer": "Answer questions about a text, with the positions of the answers.",
-    "translate": "Translate texts with a served or local model.",
-    "generate": "Answer prompts with a language model.",
-    "chat": "Chat with a language model.",
     "bench": "Measure speed and memory under load.",
     "compare": "Print the figures that changed between two measurements.",
     "tune": "Find the fastest serving settings within a latency limit.",
@@ -35,19 +35,22 @@ _COMMANDS: Mapping[str, str] = {
     "doctor": "Show what this machine has, and what each command still needs.",
     "demo": "Run all stages on real data.",
 }
+_AFTER_TASKS = "bench"
+"""The commands of the tasks are listed before this one."""
 
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(_lines())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
         try:
-            module = importlib.import_module(f"deploykit.cli.{cmd_name}")
+            module_name = _module(cmd_name)
+            if module_name is None:
+                return None
+            module = importlib.import_module(module_name)
         except DeploykitError as error:  # a package that adds a task cannot be loaded
             raise click.UsageError(f"{error.message}; {error.remedy}", ctx) from error
         command: click.Command = module.command
@@ -55,7 +58,31 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(_lines().items()))
+
+
+def _module(name: str) -> str | None:
+    """Return the module of a command, or None if there is no such command."""
+    if name in _COMMANDS:
+        return f"deploykit.cli.{name}"
+    from deploykit.tasks.registry import task_commands
+
+    return next((command.module for other, command in task_commands() if other == name), None)
+
+
+def _lines() -> dict[str, str]:
+    """Return the line of each command in ``deploykit --help``."""
+    from deploykit.tasks.registry import task_commands
+
+    of_tasks: dict[str, str] = {}
+    with contextlib.suppress(DeploykitError):  # a package that adds a task cannot be loaded; help is shown all the same
+        for name, command in task_commands():
+            of_tasks.setdefault(name, command.line)
+    lines: dict[str, str] = {}
+    for name, line in _COMMANDS.items():
+        lines |= of_tasks if name == _AFTER_TASKS else {}
+        lines[name] = line
+    return {**lines, **_COMMANDS}
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

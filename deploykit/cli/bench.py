@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.command import RecordedCommand, Result, deploykit_command, option, say
-from deploykit.cli.shared_options import (
+from deploykit.cli_parts.command import RecordedCommand, Result, deploykit_command, option, say
+from deploykit.cli_parts.shared_options import (
     FORCE,
     NUM_PROMPTS,
     SERVER_URL,

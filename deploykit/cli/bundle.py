@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command, human_bytes, option, say
-from deploykit.cli.shared_options import FORCE, NAME_HELP
 from deploykit.cli.unpack import unpack_bundle
+from deploykit.cli_parts.command import Result, deploykit_command, human_bytes, option, say
+from deploykit.cli_parts.shared_options import FORCE, NAME_HELP
 from deploykit.errors import UsageError
 
 

@@ -4,21 +4,22 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command, option, say
-from deploykit.cli.shared_options import MODEL_REPOSITORY_HELP
+from deploykit.cli_parts.command import Result, deploykit_command, option, say
+from deploykit.cli_parts.shared_options import MODEL_REPOSITORY_HELP
 from deploykit.metric_titles import value_text
+from deploykit.tasks.registry import get_task, task_names
+from deploykit.tasks.types import Demonstrating
 from deploykit.text_table import text_table
 
 _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "exact_match": ("exact match", 3), "first_word": ("first word", 3), "chrf": ("chrF", 2),
             "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
             "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
-_ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
-"""Recipe -> number of rows that two cores train on in a few minutes; 0: all rows."""
+_TASKS = {task.demo: task for task in map(get_task, task_names()) if isinstance(task, Demonstrating)}
 
 
 @deploykit_command(help="Run all stages on real data, to a measured INT8 classifier, translator or language model.")
-@click.option("--recipe", type=click.Choice(["sentiment", "translation", "generation"]), default="sentiment", show_default=True,
+@click.option("--recipe", type=click.Choice(list(_TASKS)), default="sentiment", show_default=True,
               help="Demo to run.")  # fmt: skip
 @option("--output-dir", "out", aliases=["--out"], type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
         help="Folder to write to.")  # fmt: skip
@@ -28,11 +29,10 @@ _ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
         show_default="8000 tweets, 1300 commands; otherwise all", help="Maximum rows of the training data, before splits; 0: all.")  # fmt: skip
 @option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement.")
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None, seconds: float) -> Result:
-    from deploykit.demo import check_dependencies, generation, run_demo, sentiment, translation
+    from deploykit.demo import check_dependencies, run_demo
 
     check_dependencies()
-    make = {"sentiment": sentiment, "translation": translation, "generation": generation}[recipe]
-    chosen = make(out, max_rows=_ROWS[recipe] if max_rows is None else max_rows, say=say)
+    chosen = _TASKS[recipe].demo_recipe(out, max_rows=max_rows, say=say)
     result = run_demo(chosen, out, repository or out / "model_repository", seconds=seconds, say=say)
     columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
     rows = (

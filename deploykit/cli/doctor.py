@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli_parts.command import Result, deploykit_command
 
 
 @deploykit_command(help="Show what this machine has, and what each command still needs on it.")

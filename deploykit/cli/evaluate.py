@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from deploykit.cli.asked_texts import failed_rows
-from deploykit.cli.command import Result, deploykit_command, option, progress_bar, say
-from deploykit.cli.shared_options import (
+from deploykit.cli_parts.asked_texts import failed_rows
+from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar, say
+from deploykit.cli_parts.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,
@@ -17,13 +17,13 @@ from deploykit.cli.shared_options import (
     column_options,
     columns_for,
     generation_options,
+    measuring_options,
     reading_options,
 )
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError, UsageError
 from deploykit.metric_titles import title_of
 from deploykit.tasks.protocol import Evaluation, Task, TaskFacts
-from deploykit.tasks.text_generation.syntax import SYNTAXES
 from deploykit.tasks.types import Reporting, ReportOptions
 from deploykit.text_table import text_table
 
@@ -48,8 +48,7 @@ from deploykit.text_table import text_table
 @click.option("--swaps", type=click.Path(path_type=Path), metavar="FILE.toml", help="Words to swap for the flips of a classifier (default: English "
               "names, genders, origins, religions).")  # fmt: skip
 @FORCE
-@click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
-@click.option("--syntax", type=click.Choice(SYNTAXES), help="Count the generated answers that parse.")
+@measuring_options
 @option(
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )
@@ -70,8 +69,7 @@ def command(
     seen: str | None,
     swaps: Path | None,
     force: bool,
-    answer_regex: str | None,
-    syntax: str | None,
+    measuring: dict[str, Any],
     split: str,
     generation: dict[str, Any],
     reading: Reading,
@@ -82,7 +80,7 @@ def command(
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
-    columns = {**columns, "answer_regex": answer_regex, "syntax": syntax}
+    columns = {**columns, **measuring}
     if report is None and (slices or against or seen or swaps):
         raise UsageError(
             "--slice, --against, --seen and --swaps are for a report", "add --report FILE.html, or leave them out"

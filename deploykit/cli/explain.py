@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from deploykit.attribution.words import Unit
-from deploykit.cli.asked_texts import failed_rows
-from deploykit.cli.command import Result, deploykit_command, option, progress_bar
-from deploykit.cli.shared_options import (
+from deploykit.cli_parts.asked_texts import failed_rows
+from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar
+from deploykit.cli_parts.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command, human_bytes, option, say
-from deploykit.cli.shared_options import (
+from deploykit.cli_parts.command import Result, deploykit_command, human_bytes, option, say
+from deploykit.cli_parts.shared_options import (
     CALIBRATION,
     CALIBRATION_DATA,
     CALIBRATION_ROWS,

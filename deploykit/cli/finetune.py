@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli.command import Option, Result, deploykit_command, say
-from deploykit.cli.shared_options import FORCE, OUTPUT_DIR, reading_fields
+from deploykit.cli_parts.command import Option, Result, deploykit_command, say
+from deploykit.cli_parts.shared_options import FORCE, OUTPUT_DIR, reading_fields
 from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 from deploykit.hyperparameters.options import SearchOptions

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from deploykit.artifacts import load_manifest
-from deploykit.cli.command import Result, deploykit_command, human_bytes
+from deploykit.cli_parts.command import Result, deploykit_command, human_bytes
 from deploykit.metric_titles import TITLES, with_interval
 from deploykit.quantization.tables import render, render_calibration, render_searches
 from deploykit.tasks.registry import task_of

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from deploykit.cli.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
-from deploykit.cli.command import Result, deploykit_command
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
-from deploykit.cli.shared_options import (
+from deploykit.cli_parts.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
+from deploykit.cli_parts.command import Result, deploykit_command
+from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
+from deploykit.cli_parts.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deploykit.cli.command import RecordedCommand, Result, deploykit_command, say
-from deploykit.cli.shared_options import MODEL_REPOSITORY, REQUIRE_SIGNATURE
+from deploykit.cli_parts.command import RecordedCommand, Result, deploykit_command, say
+from deploykit.cli_parts.shared_options import MODEL_REPOSITORY, REQUIRE_SIGNATURE
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.signals import ending, handled

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli_parts.command import Result, deploykit_command
 
 
 @deploykit_command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli_parts.command import Result, deploykit_command
 from deploykit.errors import ServerError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.text_table import text_table

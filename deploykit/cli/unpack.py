@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command
-from deploykit.cli.shared_options import OUTPUT_DIR
+from deploykit.cli_parts.command import Result, deploykit_command
+from deploykit.cli_parts.shared_options import OUTPUT_DIR
 
 
 @deploykit_command(help="Verify BUNDLE, a file that deploykit bundle wrote, and unpack it.")

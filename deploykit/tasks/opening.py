@@ -11,6 +11,7 @@ from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import DEFAULT_URL, ServedModel
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import get_task, task_of, task_of_checkpoint
+from deploykit.tasks.types import Drafting
 
 if TYPE_CHECKING:
     from deploykit.tasks.classification.predictor import TextClassifier
@@ -25,9 +26,15 @@ def open_predictor(
     engine: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
+    draft_model: str | None = None,
 ) -> Predictor:
-    """Open the directory or GGUF file ``target``, or the model of that name on the server at ``url``."""
+    """Open the directory or GGUF file ``target``, or the model of that name on the server at ``url``.
+
+    ``draft_model``: the export of a smaller language model, which guesses the tokens of the export ``target``.
+    """
     path = Path(target)
+    if draft_model is not None:
+        return _open_drafted(path, Path(draft_model), engine=engine, precision=precision, threads=threads)
     if not path.exists():
         if "/" in target:
             raise ArtifactError(
@@ -81,6 +88,19 @@ def open_graph(
     """Open an export or a packaged model version in this process."""
     graphs = find_graphs(path, manifest, engine=engine, precision=precision)
     return task_of(manifest.task).open_graphs(path, manifest.task, graphs, threads)
+
+
+def _open_drafted(path: Path, draft: Path, *, engine: str, precision: str, threads: int | None) -> Predictor:
+    if not (path / MANIFEST).exists() or (manifest := load_manifest(path)).kind == "checkpoint":
+        raise UsageError(
+            f"a draft model guesses for an export, and {path} is none",
+            "give an export; of a served model, give --draft-model to deploykit package",
+        )
+    task = task_of(manifest.task)
+    if not isinstance(task, Drafting):
+        raise UsageError(f"a draft model is for language models, and {path} is none", "leave --draft-model out")
+    graphs = find_graphs(path, manifest, engine=engine, precision=precision)
+    return task.open_drafted(path, manifest.task, graphs, threads, draft)
 
 
 def open_served(name: str, url: str = DEFAULT_URL) -> Predictor:

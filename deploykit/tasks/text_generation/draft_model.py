@@ -1,41 +1,17 @@
-"""Open a language model with a draft model, and check that one can guess for another."""
+"""Check that one language model can guess tokens for another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
-from deploykit.hardware import available_cpus
 from deploykit.runtime.find_graphs import find_graphs
-from deploykit.tasks import opening
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import TextGenerator
-from deploykit.tasks.text_generation.predictor import load_generator
 
 _ENGINE = "native"
 """The engine that takes guesses, and runs drafts."""
-
-
-def open_generator(
-    target: str, draft_model: str | None, *, engine: str = "auto", precision: str = "auto", threads: int | None = None, **where: Any
-) -> TextGenerator:  # fmt: skip
-    """Open a language model as ``opening.open_generator`` does. ``draft_model``: the export of a smaller one, which guesses the
-    tokens of the export ``target``."""
-    if draft_model is None:
-        return opening.open_generator(target, engine=engine, precision=precision, threads=threads, **where)
-    path = Path(target)
-    if not (path / MANIFEST).exists() or (manifest := load_manifest(path)).kind == "checkpoint":
-        raise UsageError(
-            f"a draft model guesses for an export, and {target} is none",
-            "give an export; of a served model, give --draft-model to deploykit package",
-        )
-    graphs = find_graphs(path, manifest, engine=engine, precision=precision)
-    draft, _ = draft_weights(path, graphs.engine, Path(draft_model))
-    facts: Any = manifest.task
-    return load_generator(path, facts, graphs.engine, graphs.files[0], threads or available_cpus(), draft=draft)
 
 
 def draft_weights(directory: Path, engine: str, draft: Path) -> tuple[Path, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from deploykit.runtime.protobuf_text import quoted
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.types import Command
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.demo_recipe import Recipe
     from deploykit.tasks.text_generation.generator import LocalGenerator, TextGenerator
     from deploykit.tasks.text_generation.options import TextGenerationOptions
     from deploykit.tasks.text_generation.training import TextGenerationStage
@@ -48,6 +50,13 @@ class _TextGeneration:
     settings = ("max_rows", "max_cache_mb")
     instances = 1
     stream_backend = ""
+    demo = "generation"
+    commands: Mapping[str, Command] = {
+        "generate": Command(
+            "deploykit.tasks.text_generation.generate_command", "Answer prompts with a language model."
+        ),
+        "chat": Command("deploykit.tasks.text_generation.chat_command", "Chat with a language model."),
+    }
 
     def read_facts(self, record: Mapping[str, Any]) -> TextGeneration:
         return TextGeneration(**{**record, "sampling": Sampling.from_record(record["sampling"])})
@@ -69,6 +78,11 @@ class _TextGeneration:
 
         return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
 
+    def demo_recipe(self, out: Path, *, max_rows: int | None, say: Callable[[str], None]) -> Recipe:
+        from deploykit.tasks.text_generation.demo import recipe
+
+        return recipe(out, max_rows=max_rows, say=say)
+
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.text_generation import export
 
@@ -89,6 +103,16 @@ class _TextGeneration:
         from deploykit.tasks.text_generation.served import ServedGenerator
 
         return ServedGenerator(name, url)
+
+    def open_drafted(
+        self, path: Path, facts: TextGeneration, graphs: Graphs, threads: int | None, draft: Path
+    ) -> LocalGenerator:
+        from deploykit.hardware import available_cpus
+        from deploykit.tasks.text_generation.draft_model import draft_weights
+        from deploykit.tasks.text_generation.predictor import load_generator
+
+        weights, _ = draft_weights(path, graphs.engine, draft)
+        return load_generator(path, facts, graphs.engine, graphs.files[0], threads or available_cpus(), draft=weights)
 
     def draft_files(self, directory: Path, engine: str, draft: Path) -> tuple[dict[str, Path], str]:
         from deploykit.tasks.text_generation.draft_model import draft_weights
@@ -128,6 +152,13 @@ class _TextGeneration:
             )
             for found in answers_to(predictor, texts, generation)
         ]
+
+    def stream(
+        self, predictor: TextGenerator, prompt: str | Sequence[Mapping[str, Any]], generation: Sampling
+    ) -> Iterator[str]:
+        from deploykit.tasks.text_generation.generator import as_prompt
+
+        return predictor.stream(as_prompt(predictor, prompt), generation)
 
     def explained_text(
         self, predictor: TextGenerator, text: str, answer: str | None, method: str, unit: Unit

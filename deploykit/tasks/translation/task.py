@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from deploykit.runtime.generation import Generation, override
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.types import Command
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.demo_recipe import Recipe
     from deploykit.tasks.translation.options import TranslationOptions
     from deploykit.tasks.translation.predictor import TextTranslator
     from deploykit.tasks.translation.training import TranslationStage
@@ -45,6 +47,14 @@ class _Translation:
     settings = ("max_rows", "max_cache_mb", "long_input", "split", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
+    demo = "translation"
+    commands: Mapping[str, Command] = {
+        "translate": Command(
+            "deploykit.tasks.translation.translate_command",
+            "Translate texts with a served or local model.",
+            ("tritonclient", "sentencepiece"),
+        ),
+    }
 
     def read_facts(self, record: Mapping[str, Any]) -> Translation:
         return Translation(**{**record, "generation": Generation(**record["generation"])})
@@ -65,6 +75,11 @@ class _Translation:
         from deploykit.tasks.translation import model_card
 
         return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
+
+    def demo_recipe(self, out: Path, *, max_rows: int | None, say: Callable[[str], None]) -> Recipe:
+        from deploykit.tasks.translation.demo import recipe
+
+        return recipe(out, max_rows=max_rows, say=say)
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.translation import export

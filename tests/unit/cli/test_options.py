@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from paths import ROOT
 
 from deploykit.cli import LazyGroup, main
-from deploykit.cli.command import Option
+from deploykit.cli_parts.command import Option
 from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.training.options import RENAMED
 
@@ -150,7 +150,8 @@ def test_the_docs_use_current_names() -> None:
 
 
 def test_the_demo_uses_current_names() -> None:
-    source = (ROOT / "deploykit" / "demo.py").read_text(encoding="utf-8")
+    files = [ROOT / "deploykit" / "demo.py", *(ROOT / "deploykit" / "tasks").glob("*/demo.py")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
     shown = {spelling for command in _commands().values() for option in _visible(command) for spelling in option.opts}
     typed = set(re.findall(r'"(--[a-z-]+)"', source))
     assert len(typed) > 10

@@ -11,8 +11,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from deploykit.cli import main
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks import registry
@@ -20,6 +23,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.types import Command
 
 
 @pytest.mark.parametrize(
@@ -85,9 +89,13 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package whose entry point adds the task ``words``."""
     module = ModuleType("words_package")
     module.TASK = SimpleNamespace(  # type: ignore[attr-defined]
-        name="words", heads=("ForTokenClassification",), model_types=(), read_facts=lambda record: Words(**record)
-    )
+        name="words", heads=("ForTokenClassification",), model_types=(), read_facts=lambda record: Words(**record),
+        commands={name: Command("words_package.command", f"The {name} of words.") for name in ("tag", "chat", "serve")},
+    )  # fmt: skip
+    command = ModuleType("words_package.command")
+    command.command = click.Command("tag", help="Tag words.")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "words_package", module)
+    monkeypatch.setitem(sys.modules, "words_package.command", command)
     point = SimpleNamespace(name="words", value="words_package:TASK")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == registry.GROUP else [])
     for cached in (registry._locations, registry.get_task):
@@ -111,3 +119,31 @@ def test_a_task_of_another_package_is_found_by_name_head_and_manifest(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
     assert registry.task_of_checkpoint(tmp_path).name == "words"
     assert registry.task_from_json({"name": "words", "labels": ["x", "y"]}) == Words(("x", "y"))
+
+
+@pytest.mark.usefixtures("added")
+def test_a_command_of_an_added_task_is_one_of_deploykit() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert "The tag of words." in shown
+    assert shown.index("predict ") < shown.index("tag ") < shown.index("bench ")
+    assert CliRunner().invoke(main, ["tag", "--help"]).output.splitlines()[2] == "  Tag words."
+
+
+@pytest.mark.usefixtures("added")
+def test_an_added_command_does_not_replace_another() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert "The chat of words." not in shown
+    assert "The serve of words." not in shown
+    for name, line in (("chat", "Chat with TARGET"), ("serve", "Serve a model repository")):
+        assert CliRunner().invoke(main, [name, "--help"]).output.splitlines()[2].strip().startswith(line)
+
+
+@pytest.mark.usefixtures("added")
+def test_help_is_shown_if_an_added_task_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "words_package", None)
+    shown = CliRunner().invoke(main, ["--help"])
+    assert shown.exit_code == 0
+    assert " chat " in shown.output
+    refused = CliRunner().invoke(main, ["tag"])
+    assert refused.exit_code == 2
+    assert "the task words cannot be loaded from words_package:TASK" in refused.output

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from deploykit.cli.command import Result, deploykit_command, say
-from deploykit.cli.sampling_options import given_sampling, sampling_options
-from deploykit.cli.shared_options import DRAFT_MODEL, PRECISION, SERVER_URL, THREADS
+from deploykit.cli_parts.command import Result, deploykit_command, say
+from deploykit.cli_parts.shared_options import DRAFT_MODEL, PRECISION, SERVER_URL, THREADS
 from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.signals import handled
+from deploykit.tasks.text_generation.sampling_options import given_sampling, sampling_options
 
 if TYPE_CHECKING:
     from deploykit.tasks.text_generation.generator import TextGenerator
@@ -37,9 +37,9 @@ def command(
     **sampling: Any,
 ) -> Result:
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.text_generation.draft_model import open_generator
+    from deploykit.tasks.opening import open_generator
 
-    generator = open_generator(model, draft_model, url=url, precision=precision, threads=threads)
+    generator = open_generator(model, url=url, precision=precision, threads=threads, draft_model=draft_model)
     try:
         if not generator.has_template:
             raise UsageError(f"{model} has no chat template", "continue texts with deploykit generate --raw")

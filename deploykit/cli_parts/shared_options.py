@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli.command import Result, option
+from deploykit.cli_parts.command import Result, option
 from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading, flag
 from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
@@ -181,7 +181,7 @@ _COLUMNS: Mapping[str, Mapping[str, Any]] = {
 def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Add the options that name the columns of a data file, of every task; they come as ``columns``.
 
-    ``evaluate`` alone has the other options of a task's ``columns``, and declares them itself.
+    ``evaluate`` alone has the other options of a task's ``columns`` (``measuring_options``).
 
     With ``inputs_only``, add only the columns of the texts, for a command that reads no right answers.
     """
@@ -204,6 +204,27 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
         return run
 
     return declare
+
+
+def measuring_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options of the tasks' ``columns`` that name no column, with the help that they have in ``finetune``; they come
+    as ``measuring``."""
+    from deploykit.tasks.registry import get_task, task_names
+
+    found: dict[str, Mapping[str, Any]] = {}
+    for task in map(get_task, task_names()):
+        for name in task.columns:
+            if not name.endswith("_column"):
+                found.setdefault(name, task.options().__dataclass_fields__[name].metadata)
+
+    @functools.wraps(function)
+    def run(**options: Any) -> Result:
+        return function(measuring={name: options.pop(name) for name in found}, **options)
+
+    for name, metadata in reversed(found.items()):
+        kind = click.Choice(metadata["choices"]) if metadata["choices"] else None
+        run = click.option(flag(name), name, type=kind, help=metadata["help"])(run)
+    return run
 
 
 def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from deploykit.cli.asked_texts import answered_record, failed_rows, failed_texts
-from deploykit.cli.command import Result, deploykit_command, progress_bar
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
-from deploykit.cli.shared_options import ENGINE, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
+from deploykit.cli_parts.asked_texts import answered_record, failed_rows, failed_texts
+from deploykit.cli_parts.command import Result, deploykit_command, progress_bar
+from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
+from deploykit.cli_parts.shared_options import ENGINE, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 

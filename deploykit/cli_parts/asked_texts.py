@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploykit.cli.command import say
+from deploykit.cli_parts.command import say
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli.command import progress_bar
+from deploykit.cli_parts.command import progress_bar
 from deploykit.errors import UsageError
 
 if TYPE_CHECKING:

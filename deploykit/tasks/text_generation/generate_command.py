@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from deploykit.cli.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
-from deploykit.cli.command import Result, deploykit_command
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
-from deploykit.cli.sampling_options import given_sampling, sampling_options
-from deploykit.cli.shared_options import DRAFT_MODEL, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
+from deploykit.cli_parts.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
+from deploykit.cli_parts.command import Result, deploykit_command
+from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
+from deploykit.cli_parts.shared_options import DRAFT_MODEL, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
+from deploykit.tasks.text_generation.sampling_options import given_sampling, sampling_options
 
 
 @deploykit_command(
@@ -47,14 +47,14 @@ def command(
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.text_generation.draft_model import open_generator
+    from deploykit.tasks.opening import open_generator
     from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
 
     given = given_sampling(sampling)
     where: dict[str, Any] = {"precision": precision, "threads": threads, "url": url}
     if ray is not None and draft_model is not None:
         raise UsageError("--draft-model does not go with --ray", "leave one of them out")
-    generator = open_generator(model, draft_model, **where)
+    generator = open_generator(model, draft_model=draft_model, **where)
     try:
         how = How(override(generator.task.sampling, given), raw, system)
         if source is None or output is None:
