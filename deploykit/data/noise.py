@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from deploykit.errors import UsageError
 
@@ -84,6 +86,36 @@ def parse_noise(text: str) -> tuple[str, float]:
             f"write NAME=RATE, as typos=0.1; names: {', '.join(_NAMES)}",
         )
     return name, number
+
+
+class _HasOrigin(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def origin(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_HasOrigin)
+
+
+def noisy_copies(
+    rows: Sequence[Row], noises: Sequence[str], seed: int, rewrite: Callable[[str, float, Random], Iterable[Row]]
+) -> dict[str, list[Row]]:
+    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row.
+
+    ``rewrite`` returns all rows with the noise of a name, at a rate. The origin of a copy names the row and the noise:
+    "tweets.csv:17 with typos".
+    """
+    found = {}
+    for given in noises:
+        name, rate = parse_noise(given)
+        copies = rewrite(name, rate, Random(f"{seed} {name}"))
+        found[given] = [
+            dataclasses.replace(copy, origin=f"{row.origin} with {name}")
+            for row, copy in zip(rows, copies)
+            if copy != row
+        ]
+    return found
 
 
 def _mistyped(word: str, random: Random) -> str:

@@ -127,6 +127,18 @@ class NamedTool(OfFunction):
     function: NamedFunction
 
 
+def tool_choice(value: Any, named: type[Body]) -> Any:
+    """Return a value of the field ``tool_choice``: a word, or an object, read as ``named``.
+
+    Raises ValueError for any other value, because pydantic would name the faults of each alternative.
+    """
+    if isinstance(value, dict):
+        return named.model_validate(value)
+    if value not in ("none", "auto", "required"):
+        raise ValueError('the value should be "none", "auto", "required", or an object with a function\'s name')
+    return value
+
+
 class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
@@ -140,9 +152,7 @@ class ChatBody(GenerationBody):
     @field_validator("tool_choice", mode="before")
     @classmethod
     def _choice(cls, value: Any) -> Any:
-        if not isinstance(value, dict) and value not in ("none", "auto", "required"):
-            raise ValueError('the value should be "none", "auto", "required" or a function\'s name in its object')
-        return NamedTool.model_validate(value) if isinstance(value, dict) else value
+        return tool_choice(value, NamedTool)
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:

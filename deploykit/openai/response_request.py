@@ -21,6 +21,7 @@ from deploykit.openai.chat_request import (
     NamedFunction,
     OfFunction,
     joined_parts,
+    tool_choice,
 )
 from deploykit.openai.errors import ApiError
 from deploykit.openai.read_body import Body
@@ -141,9 +142,7 @@ class ResponseBody(WithoutEffect):
     @field_validator("tool_choice", mode="before")
     @classmethod
     def _choice(cls, value: Any) -> Any:
-        if not isinstance(value, dict) and value not in ("none", "auto", "required"):
-            raise ValueError('the value should be "none", "auto", "required", or an object with a function\'s name')
-        return NamedFunctionTool.model_validate(value) if isinstance(value, dict) else value
+        return tool_choice(value, NamedFunctionTool)
 
     @model_validator(mode="after")
     def _consistent(self) -> ResponseBody:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifacts import digest_of
-from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, parse_noise
+from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, noisy_copies, parse_noise
 from deploykit.data.synonyms import read_synonyms, replace_words
 from deploykit.errors import UsageError
 from deploykit.inspection import robustness as inspection
@@ -39,20 +39,8 @@ Rewriter = Callable[[Sequence[str], float, Random], Sequence[str]]
 def augmented(
     rows: Sequence[Example], noises: Sequence[str], seed: int, rewriters: Mapping[str, Rewriter]
 ) -> dict[str, list[Example]]:
-    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row.
-
-    The origin of a copy names the row and the noise: "tweets.csv:17 with typos".
-    """
-    found = {}
-    for noise in noises:
-        name, rate = parse_noise(noise)
-        copies = _noisy(rows, rewriters[name], rate, Random(f"{seed} {name}"))
-        found[noise] = [
-            dataclasses.replace(copy, origin=f"{row.origin} with {name}")
-            for row, copy in zip(rows, copies)
-            if (copy.text, copy.text_pair) != (row.text, row.text_pair)
-        ]
-    return found
+    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row."""
+    return noisy_copies(rows, noises, seed, lambda name, rate, random: _noisy(rows, rewriters[name], rate, random))
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
-from deploykit.data.noise import noisy, parse_noise
+from deploykit.data.noise import noisy, noisy_copies
 from deploykit.tasks.translation.metrics import PLACEHOLDER
 from deploykit.tasks.translation.rows import Pair
 
@@ -20,24 +20,13 @@ def noisy_source(text: str, noise: Callable[[str], str]) -> str:
 
 
 def noisy_pairs(pairs: Sequence[Pair], noises: Sequence[str], seed: int) -> dict[str, list[Pair]]:
-    """Return noise ("typos=0.1") -> a copy of each pair with this noise in the source, if it changes the source.
+    """Return noise ("typos=0.1") -> a copy of each pair with this noise in the source, if it changes the source."""
 
-    The origin of a copy names the pair and the noise: "pairs.tsv:17 with typos".
-    """
-    found = {}
-    for given in noises:
-        name, rate = parse_noise(given)
-        write = noisy(name, rate, Random(f"{seed} {name}"))
-        copies = (
-            dataclasses.replace(
-                pair,
-                source=noisy_source(pair.source, write),
-                origin=f"{pair.origin} with {name}",
-            )
-            for pair in pairs
-        )
-        found[given] = [copy for copy, pair in zip(copies, pairs) if copy.source != pair.source]
-    return found
+    def rewrite(name: str, rate: float, random: Random) -> Iterator[Pair]:
+        write = noisy(name, rate, random)
+        return (dataclasses.replace(pair, source=noisy_source(pair.source, write)) for pair in pairs)
+
+    return noisy_copies(pairs, noises, seed, rewrite)
 
 
 def _within(part: str, noise: Callable[[str], str]) -> str:
