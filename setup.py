@@ -1,7 +1,8 @@
 """Compiles the engine ``native`` and the guard in front of Triton, by Zig's C compiler: a Python package, so that no
 machine needs a compiler of its own.
 
-Where they cannot be compiled for, the package goes without. ``DEPLOYKIT_TARGET``, a key of ``TARGETS``, compiles for another
+Where they cannot be compiled for, the package goes without; if the compiler fails, a file beside them says why, for
+``deploykit doctor``. ``DEPLOYKIT_TARGET``, a key of ``TARGETS``, compiles for another
 machine, as ``make wheels`` does.
 """
 
@@ -56,6 +57,8 @@ TARGETS = {
     "darwin-x86_64": Target("x86_64", "x86_64-macos.10.13", "macosx_10_13_x86_64"),
     "win32-AMD64": Target("x86_64", "x86_64-windows-gnu", "win_amd64", ".pyd"),
 }
+FAILURE = ".error"
+"""Suffix of the file with the compiler's error, beside where the library would be (``loader.py`` reads it)."""
 FLAGS = (
     "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", "-g0",
     "-ffp-contract=off",  # a compiler that fuses products and sums where it can would round differently for each CPU
@@ -82,10 +85,29 @@ def chosen_target() -> str:
 class BuildNative(build_ext):
     """Build shared libraries that have no Python in them."""
 
+    _beside_sources = False
+
+    def run(self) -> None:
+        self._beside_sources = bool(self.inplace)  # setuptools unsets it while it builds
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + TARGETS[chosen_target()].suffix
 
     def build_extension(self, ext: Extension) -> None:
+        name = Path(*ext.name.split(".")).with_suffix(FAILURE)
+        reports = [Path(self.build_lib) / name, *([name] if self._beside_sources else [])]
+        for report in reports:
+            report.unlink(missing_ok=True)
+        try:
+            self._compile(ext)
+        except CompileError as error:
+            for report in reports:
+                report.parent.mkdir(parents=True, exist_ok=True)
+                report.write_text(str(error), encoding="utf-8")
+            raise
+
+    def _compile(self, ext: Extension) -> None:
         target = TARGETS[chosen_target()]
         cpus = native_sources(target.architecture)
         out = Path(self.get_ext_fullpath(ext.name))
@@ -113,8 +135,11 @@ class NameWheel(bdist_wheel):
 
 
 def _run(*command: str) -> None:
-    if subprocess.run(command, check=False).returncode:
-        raise CompileError(f"{' '.join(command)} failed")
+    done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, errors="replace")
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise CompileError(f"{said}\n{' '.join(command)} failed")
 
 
 def extensions() -> list[Extension]:

@@ -58,7 +58,7 @@ def examine() -> dict[str, Any]:
     """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, native,
     commands.
 
-    ``native`` is None if that engine does not run. Raises UsageError if the environment names an unknown instruction
+    ``native`` says what that engine ``lacks``, if it does not run. Raises UsageError if the environment names an unknown instruction
     set.
     """
     cpu = _cpu()
@@ -122,13 +122,18 @@ def _cpu() -> dict[str, Any]:
     return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
 
 
-def _native(features: Sequence[str]) -> dict[str, Any] | None:
-    """Return the instruction set that the engine ``native`` uses, all that it can use, and the CPU's sets that it refuses."""
-    if native.lacks():
-        return None
+def _native(features: Sequence[str]) -> dict[str, Any]:
+    """Return the instruction set that the engine ``native`` uses, all that it can use, and the CPU's sets that it refuses; or
+    what it lacks to run here, and the remedy."""
+    if lacks := native.lacks():
+        none: dict[str, Any] = {"instruction_set": None, "available": [], "refused": None}
+        return {**none, "lacks": lacks, "remedy": native.remedy()}
     available = list(native.instruction_sets())
     refused = "Linux does not give AMX to this process" if "amx_int8" in features and "amx" not in available else None
-    return {"instruction_set": native.instruction_set(), "available": available, "refused": refused}
+    return {
+        "instruction_set": native.instruction_set(), "available": available, "refused": refused,
+        "lacks": None, "remedy": None,
+    }  # fmt: skip
 
 
 def _gpu() -> dict[str, Any]:

@@ -23,7 +23,7 @@ def command() -> Result:
         "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
         "lacking   " + ", ".join(name for name, version in found["packages"].items() if version is None),
         "engines   " + ", ".join(f"{name} ({info.lacks})" if info.lacks else name for name, info in ENGINES.items()),
-        *([_native_line(native)] if native else []),
+        *_native_lines(native),
         "",
     ]
     for name, need in found["commands"].items():
@@ -34,6 +34,8 @@ def command() -> Result:
     return found, "\n".join(lines)
 
 
-def _native_line(native: Mapping[str, Any]) -> str:
+def _native_lines(native: Mapping[str, Any]) -> list[str]:
+    if native["lacks"]:
+        return [f"native    {native['lacks']}", f"{'':<9} remedy: {native['remedy']}"]
     line = f"native    {native['instruction_set']}; this CPU runs {', '.join(native['available'])}"
-    return f"{line} ({native['refused']})" if native["refused"] else line
+    return [f"{line} ({native['refused']})" if native["refused"] else line]

@@ -373,7 +373,8 @@ def test_doctor_finds_every_command_ready(deploykit: Deploykit) -> None:
     assert code == 0, err
     found = json.loads(out)
     commands = found["commands"]
-    assert (found["native"] is None) == (lacks() is not None)
+    assert found["native"]["lacks"] == lacks()
+    assert (found["native"]["instruction_set"] is None) == (lacks() is not None)
     ready = {name for name, need in commands.items() if need["ready"]}
     assert ready >= {"finetune", "export", "serve", "bench", "answer", "generate", "chat", "sign"}
 

@@ -25,15 +25,36 @@ BUILT_FOR = (
 @cache
 def lacks() -> str | None:
     """Return a missing requirement on this machine, or None."""
-    if (sys.platform, platform.machine()) not in BUILT_FOR:
+    if not _has_compiler():
         return "it is built for x86-64, and for 64-bit Arm on Linux and macOS"
     if library_file() is None:
-        return "not built: pip install -v deploykit shows the compiler's error"
+        return f"not built: {_why_not_built()}"
     try:
         found = instruction_sets()
     except OSError as error:
         return str(error)
     return None if found[0] != SLOW or os.environ.get(VARIABLE) == SLOW else "no avx2 and fma in this CPU"
+
+
+def remedy() -> str:
+    """Return what to do about ``lacks()``."""
+    if _has_compiler() and library_file() is None:
+        return "reinstall deploykit with pip install -v --force-reinstall --no-deps: it compiles the engine, and shows an error whole"
+    return "use another engine: pip install 'deploykit[cpu,openvino]'"
+
+
+def _has_compiler() -> bool:
+    """Return whether an installation on this machine compiles the library."""
+    return (sys.platform, platform.machine()) in BUILT_FOR
+
+
+def _why_not_built() -> str:
+    """Return the compiler's error, as the installation recorded it, in one line."""
+    try:
+        lines = Path(__file__).with_name("_native.error").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "this installation has not compiled it"
+    return "the compiler failed: " + next((line for line in lines if "error" in line.lower()), lines[0])
 
 
 def library_file() -> Path | None:

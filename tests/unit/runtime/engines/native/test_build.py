@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from native_builds import BUILD
 from paths import ROOT
+from setuptools import Distribution
 
+from deploykit.cli.doctor import command
 from deploykit.runtime.engines.native import loader
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -25,13 +28,55 @@ needs_library = pytest.mark.skipif(
 
 @needs_library
 def test_the_installation_has_built_the_library() -> None:
-    assert loader.library_file() is not None, "the compiler failed: pip install -v -e . shows its error"
+    assert loader.library_file() is not None, f"{loader.lacks()}; {loader.remedy()}"
 
 
 @needs_library
 def test_a_missing_library_is_reported_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "library_file", lambda: None)
-    assert str(loader.lacks.__wrapped__()).startswith("not built")
+    assert loader.lacks.__wrapped__() == "not built: this installation has not compiled it"
+
+
+@needs_library
+def test_doctor_shows_why_the_compiler_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The build writes the file that the loader reads, and removes it when it succeeds."""
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    broken, whole = tmp_path / "broken.c", tmp_path / "whole.c"
+    broken.write_text("int broken(void) { return missing; }\n")
+    whole.write_text("int whole(void) { return 1; }\n")
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "lib" / "package"
+
+    def build(source: Path) -> None:
+        extension = setup["Extension"]("package._native", [str(source)])
+        command = setup["BuildNative"](Distribution({"ext_modules": [extension]}))
+        command.build_lib, command.build_temp = "lib", "temp"
+        command.ensure_finalized()
+        command.build_extension(extension)
+
+    with pytest.raises(setup["CompileError"], match="missing"):
+        build(broken)
+    monkeypatch.setattr(loader, "__file__", str(package / "loader.py"))
+    assert re.fullmatch(
+        "not built: the compiler failed: .*error: use of undeclared identifier 'missing'", loader.lacks.__wrapped__()
+    )
+    assert "pip install -v" in loader.remedy()
+    loader.lacks.cache_clear()
+    request.addfinalizer(loader.lacks.cache_clear)
+    shown = CliRunner().invoke(command, []).output
+    assert "native    not built: the compiler failed: " in shown
+    assert "remedy: reinstall deploykit" in shown
+    build(whole)
+    assert loader.library_file() is not None
+    assert not (package / "_native.error").exists()
+
+
+def test_another_platform_needs_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert loader.lacks.__wrapped__() == "it is built for x86-64, and for 64-bit Arm on Linux and macOS"
+    assert loader.remedy().startswith("use another engine")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +129,7 @@ command.main([], standalone_mode=False)
 
 
 @needs_library
-@pytest.mark.skipif("amx" not in loader.instruction_sets(), reason="this CPU has no AMX")
+@pytest.mark.skipif(loader.lacks() is not None or "amx" not in loader.instruction_sets(), reason="no AMX here")
 def test_without_tiles_the_next_instruction_set_is_used_and_doctor_says_so() -> None:
     run = subprocess.run([sys.executable, "-c", SMALL_SIGNAL_STACK], capture_output=True, text=True, check=True)
     said = next(line for line in run.stdout.splitlines() if line.startswith("native"))
