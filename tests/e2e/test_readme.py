@@ -22,6 +22,26 @@ from paths import ROOT
 from deploykit.tasks.text_generation.chat_template import CHATML
 
 PAGES = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+NOT_RUN = {
+    "finetune .*": "trains for minutes; tests train smaller models with the same options",
+    "export (nli-checkpoint|runs/a-int8|runs/student) .*": "of a checkpoint that is not trained here (see finetune)",
+    "export runs/a .*--calib .*": "Engines runs the same, with TensorRT",
+    "(calibrate|export) runs/lm .*": "takes a minute; tests/unit/tasks/text_generation calibrates a smaller model",
+    "predict runs/pairs .*": "of a checkpoint that is not trained here (see finetune)",
+    "predict exports/a .*s3:.*": "needs a bucket",
+    "predict exports/a .*--ray.*": "starts Ray; tests/integration/test_ray.py",
+    "predict (tweets|exports/ner) .*": "of a server that is not started here",
+    "explain (exports/(a|squad|commands|fr)|runs/a --rows) .*": "of models that later pages make, or of 200 rows; tests/e2e/test_explain.py",
+    "evaluate runs/best .*": "of a search that is not run here (see finetune)",
+    "evaluate runs/a .*--report .*": "of rows with the user's own columns; tests/e2e/test_report.py",
+    "evaluate ner .*": "tests/e2e/test_added_task.py",
+    "(export|package) (runs|exports)/ner .*": "tests/e2e/test_added_task.py",
+    "package EXPORT .*": "a template: the user fills in the names",
+    "serve .*": "serves until Ctrl-C, on ports that are taken here",
+    "tune .*": "searches for 10 minutes; tests/e2e/test_tune.py",
+}
+"""deploykit commands of indented blocks, without ``deploykit``, and why the test does not run them. Blocks of other programs
+install packages, or are quoted by a test."""
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -37,6 +57,20 @@ def test_the_readmes_commands_are_those_of_the_docs() -> None:
     """README's commands are in the docs too, so that they run only once."""
     run = {command for _, block in _docs_blocks() for command in _commands(block)}
     assert {command for _, block in _blocks(ROOT / "README.md") for command in _commands(block)} <= run
+
+
+def test_every_command_that_is_not_run_has_a_reason() -> None:
+    """Indented blocks are not run; ``test_options.py`` checks the names of their options."""
+    shown = {
+        command
+        for page in PAGES
+        for command in re.findall(
+            r"^ {4}deploykit (.*)$", (ROOT / "docs" / page).read_text("utf-8").replace("\\\n", " "), re.MULTILINE
+        )
+    }
+    unexplained = [command for command in shown if not any(re.fullmatch(known, command) for known in NOT_RUN)]
+    assert unexplained == []
+    assert [known for known in NOT_RUN if not any(re.fullmatch(known, command) for command in shown)] == []
 
 
 def _commands(block: str) -> list[str]:
