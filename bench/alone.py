@@ -14,7 +14,7 @@ def main() -> None:
         sys.modules[package] = ModuleType(package)  # shared code may import it
     contenders = importlib.import_module(module)
 
-    from deploykit.bench.alone import answer_alone
+    from deploykit.bench.separate_process import answer_alone
 
     for package in hidden:
         # torch is needed only for conversions, which are done; checks of whether a package is installed must still find

@@ -26,7 +26,7 @@ from suite import begin, say, write_record
 from deploykit.bench.machine import other_load
 from deploykit.bench.run import spread
 from deploykit.hardware import available_cpus
-from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
+from deploykit.tasks.text_generation.cheat_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.options import TextGenerationOptions
 
 DEPLOYKIT, LORA, PLAIN, TRL = "deploykit", "deploykit, LoRA of rank 32", "transformers Trainer", "trl SFTTrainer"

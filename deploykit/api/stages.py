@@ -66,8 +66,8 @@ def finetune(
     from deploykit.hyperparameters.options import SearchOptions
     from deploykit.stages.finetune import finetune as run
     from deploykit.stages.finetune_options import make_options
+    from deploykit.stages.finetune_processes import check_processes, finetune_together
     from deploykit.stages.repeated_runs import check_repeats, repeat
-    from deploykit.stages.together import check_processes, finetune_together
 
     names = {field.name for field in dataclasses.fields(SearchOptions)}
     searched = SearchOptions(**{name: value for name, value in options.items() if name in names})

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.alone import Alone, answer_alone, measure_alone
 from deploykit.bench.run import DEFAULT_SCENARIOS, BenchResult, Candidate, run_bench
 from deploykit.bench.scenarios import Scenario, Server
+from deploykit.bench.separate_process import ProcessMeasurement, answer_alone, measure_alone
 from deploykit.peak_memory import require_psutil
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.find_graphs import find_graphs
@@ -103,7 +103,9 @@ def _plans(target: str, engines: Sequence[str], precisions: Sequence[str]) -> It
             yield _Plan(name, target, False, graphs.engine, graphs.precision, size)
 
 
-def _open(plan: _Plan, url: str, threads: int | None, generation: Mapping[str, Any], alone: Alone | None) -> Candidate:
+def _open(
+    plan: _Plan, url: str, threads: int | None, generation: Mapping[str, Any], alone: ProcessMeasurement | None
+) -> Candidate:
     if plan.served:
         served = open_predictor(plan.target, url=url)
         served.close()
@@ -128,7 +130,9 @@ def _predictor(target: str, engine: str, precision: str, threads: int | None) ->
     return open_predictor(target, url="", engine=engine, precision=precision, threads=threads)
 
 
-def _alone(plan: _Plan, threads: int | None, texts: Sequence[str], generation: Mapping[str, Any]) -> Alone | None:
+def _alone(
+    plan: _Plan, threads: int | None, texts: Sequence[str], generation: Mapping[str, Any]
+) -> ProcessMeasurement | None:
     job = {
         "target": plan.target,
         "engine": plan.engine,

@@ -192,8 +192,8 @@ def command(
     options = make_options(given)
     chosen.check(options)
 
+    from deploykit.stages.finetune_processes import check_processes, finetune_together
     from deploykit.stages.repeated_runs import check_repeats, repeat
-    from deploykit.stages.together import check_processes, finetune_together
     from deploykit.training.rows import held_out
 
     check_repeats(options, folds, curve, searches=bool(chosen.search))

@@ -17,17 +17,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from deploykit.artifacts import installed_versions
-from deploykit.openai.answers import event
+from deploykit.openai.admission import HEALTH, Admission, error_response, json_response
 from deploykit.openai.calls import AccessLog, Call, call_of
 from deploykit.openai.chat import chat_completion, chat_events
 from deploykit.openai.chat_request import ChatBody
+from deploykit.openai.collect_answers import event
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.completions import completion, completion_events
 from deploykit.openai.disconnect import event_stream, while_connected
 from deploykit.openai.document import openapi_document
 from deploykit.openai.errors import ApiError
-from deploykit.openai.front import HEALTH, Front, error_response, json_response
-from deploykit.openai.generator import Asked, Generator, Piece
+from deploykit.openai.generator import GenerationRequest, Generator, Piece
 from deploykit.openai.limits import Keys, Limits
 from deploykit.openai.metrics import PortMetrics
 from deploykit.openai.predictors import Predictors, TextsBody
@@ -83,7 +83,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, **tracing)
     _add_errors(app)
     counted = metrics or PortMetrics()
-    app.add_middleware(Front, keys=keys or Keys(), metrics=counted, log=access_log)
+    app.add_middleware(Admission, keys=keys or Keys(), metrics=counted, log=access_log)
     if triton is not None:
         triton.add_to(app)
 
@@ -102,7 +102,9 @@ def create_app(
                 f"the model {name} {task.does}, it does not {verb}; {where}", param="model", code="wrong_task"
             )
 
-    def ask(call: Call, prompts: Sequence[Asked], rows: int, param: str) -> list[AsyncGenerator[Piece, None]]:
+    def ask(
+        call: Call, prompts: Sequence[GenerationRequest], rows: int, param: str
+    ) -> list[AsyncGenerator[Piece, None]]:
         """Ask a language model for ``rows`` answers, within the caller's limits."""
         call.rows = rows
         call.limits.check_rows(rows, param)
@@ -199,7 +201,7 @@ def _routes(task: Task) -> tuple[str, ...]:
     return _GENERATING if _generates(task) else (f"/v1/{task.verb.split()[0]}",)
 
 
-def _limited(asked: Asked, limits: Limits, facts: TaskFacts) -> Asked:
+def _limited(asked: GenerationRequest, limits: Limits, facts: TaskFacts) -> GenerationRequest:
     """Return ``asked`` with the caller's limit of tokens. Raises ApiError if it requests more."""
     default = facts.sampling.max_new_tokens if isinstance(facts, TextGeneration) else MOST_TOKENS
     most = limits.most_tokens(asked.sampling.get("max_new_tokens"), default)

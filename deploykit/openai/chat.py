@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from deploykit.openai.answers import DONE, Pieces, Usage, collect, event, head
 from deploykit.openai.chat_request import ChatBody
+from deploykit.openai.collect_answers import DONE, Pieces, Usage, collect, event, head
 from deploykit.openai.logprobs import chat_logprobs
 from deploykit.openai.tool_calls import ToolCall, ToolCallParser, parts_of
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from deploykit.openai.generator import Asked
+from deploykit.openai.generator import GenerationRequest
 from deploykit.openai.read_body import Body
 from deploykit.openai.sampling_fields import MAX_TOP_LOGPROBS, MOST_TOKENS, GenerationBody
 from deploykit.openai.structured import tool_call_schema
@@ -186,7 +186,7 @@ class ChatBody(GenerationBody):
     def schema_field(self) -> str:
         return "tools" if self._must_call else super().schema_field
 
-    def asked(self) -> Asked:
+    def asked(self) -> GenerationRequest:
         """Return the request for the model."""
         sampling = self.sampling()
         if self.max_completion_tokens is not None:
@@ -202,7 +202,7 @@ class ChatBody(GenerationBody):
         if tools:
             offered = [tool.model_dump(exclude_none=True) for tool in tools]
             messages = {"messages": messages, "tools": offered}
-        return Asked(
+        return GenerationRequest(
             self.model,
             sampling,
             messages=json.dumps(messages, ensure_ascii=False),

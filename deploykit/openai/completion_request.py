@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from deploykit.openai.generator import Asked
+from deploykit.openai.generator import GenerationRequest
 from deploykit.openai.sampling_fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, MOST_ID, MOST_TOKENS, GenerationBody
 
 MAX_PROMPTS = 64
@@ -40,7 +40,7 @@ class CompletionBody(GenerationBody):
             raise ValueError("prompt: it is empty")
         return self
 
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[GenerationRequest]:
         """Return the request for each prompt."""
         sampling = self.sampling()
         if self.best_of is not None:
@@ -50,7 +50,7 @@ class CompletionBody(GenerationBody):
         if self.echo:
             sampling["echo"] = True
         return [
-            Asked(
+            GenerationRequest(
                 self.model,
                 sampling,
                 text=prompt if isinstance(prompt, str) else None,

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deploykit.openai.answers import DONE, Pieces, Usage, collect_all, event, head, merged
+from deploykit.openai.collect_answers import DONE, Pieces, Usage, collect_all, event, head, merged
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.generator import Piece
 from deploykit.openai.logprobs import completion_logprobs

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deploykit.openai.answers import cancel
+from deploykit.openai.collect_answers import cancel
 
 Result = TypeVar("Result")
 

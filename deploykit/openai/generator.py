@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """A prompt for ``model``: a ``text``, token ``ids``, or ``messages`` as JSON (the others are None).
 
     ``sampling`` has deploykit's names; with its ``echo`` an answer begins with the prompt. ``stream``: send each new
@@ -44,7 +44,7 @@ class Piece:
 class Generator(Protocol):
     """Language models that answer prompts. Closing the generator of pieces cancels the request at once."""
 
-    def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    def generate(self, asked: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of the answers: one if they are not streamed.
 
         Raises ApiError: status 400 naming the field, 429 if the queue is full, 503 with ``restarting`` if the model was

@@ -9,8 +9,8 @@ from contextlib import aclosing
 from copy import deepcopy
 from typing import Any
 
-from deploykit.openai.answers import Pieces, Usage, event
 from deploykit.openai.chat import tool_call_parser
+from deploykit.openai.collect_answers import Pieces, Usage, event
 from deploykit.openai.logprobs import chat_logprobs
 from deploykit.openai.response_request import ResponseBody, own_names
 from deploykit.openai.tool_calls import ToolCall, parts_of

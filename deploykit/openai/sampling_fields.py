@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from deploykit.openai.answers import Usage
+from deploykit.openai.collect_answers import Usage
 from deploykit.openai.read_body import Body
 from deploykit.openai.structured import ResponseFormat, StructuredOutputs
 

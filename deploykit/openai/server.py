@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from deploykit.errors import ServerError
+from deploykit.openai.admission import error_response
 from deploykit.openai.certificate import Certificate
 from deploykit.openai.errors import ApiError
-from deploykit.openai.front import error_response
 
 _HEADER_S = 60.0
 _KEEP_ALIVE_S = 75

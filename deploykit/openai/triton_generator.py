@@ -21,7 +21,7 @@ import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
 
 from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, restarting
-from deploykit.openai.generator import Asked, Piece
+from deploykit.openai.generator import GenerationRequest, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
 from deploykit.runtime.tracing import trace_headers
 from deploykit.runtime.triton_messages import ONLY_RELOADING, QUEUE_FULL
@@ -53,7 +53,7 @@ class TritonGenerator:
         self._address = address
         self._client: Any = None
 
-    async def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def generate(self, asked: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of the answers. See ``Generator``."""
         deadline: float | None = None
         begun = False
@@ -92,7 +92,7 @@ class TritonGenerator:
             self._client = triton.InferenceServerClient(self._address, channel_args=list(_CHANNEL))
         return self._client
 
-    async def _stream(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def _stream(self, asked: GenerationRequest) -> AsyncGenerator[Piece, None]:
         call = self._connection().stream_infer(_request(asked), headers=trace_headers())
         try:
             async for result, error in call:
@@ -105,7 +105,7 @@ class TritonGenerator:
             call.cancel()  # no effect on a stream that has ended
 
 
-async def _request(asked: Asked) -> AsyncIterator[dict[str, Any]]:
+async def _request(asked: GenerationRequest) -> AsyncIterator[dict[str, Any]]:
     """Yield the one request of a stream."""
     flags = {
         "stream": asked.stream,
@@ -133,7 +133,7 @@ def _input(name: str, datatype: str, values: NDArray[Any]) -> Any:
     return tensor
 
 
-def _piece(result: Any, asked: Asked) -> Piece:
+def _piece(result: Any, asked: GenerationRequest) -> Piece:
     def column(name: str) -> list[Any]:
         return list(result.as_numpy(name).reshape(-1).tolist())
 
@@ -146,7 +146,7 @@ def _piece(result: Any, asked: Asked) -> Piece:
     )
 
 
-def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiError:
+def _api_error(code: grpc.StatusCode | None, message: str, asked: GenerationRequest) -> ApiError:
     """Return the error for one of Triton's; ``code`` is that of the stream, None for an error in the stream."""
     message = message.removeprefix(_ID).strip()
     if QUEUE_FULL.match(message) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -161,7 +161,7 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiE
     return ApiError(message, param=field, code="invalid_value")
 
 
-def _field(message: str, asked: Asked) -> str | None:
+def _field(message: str, asked: GenerationRequest) -> str | None:
     """Return the field of the request that a model's error is about: its first word, or a name in it."""
     if message.startswith(("the prompt ", "the chat template ", "the last message ", "a message ")):
         return "prompt" if asked.messages is None else "messages"

@@ -48,7 +48,7 @@ class LoadMetrics:
                 metric.increment(change)
 
 
-class Trace:
+class RequestTrace:
     """The trace of a request that is answered later. Its first stage begins with it."""
 
     def __init__(self, request: Any) -> None:

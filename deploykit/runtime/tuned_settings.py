@@ -18,7 +18,7 @@ TUNED = "tuned.json"
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedSettings:
     """The best engine and precision of the export ``digest``, measured on ``cpus`` CPUs of the model ``cpu``."""
 
     engine: str
@@ -32,16 +32,16 @@ class Tuned:
 
 def write_tuned(export: Path, manifest: Manifest, *, engine: str, precision: str, slo: str, rate_per_s: float) -> Path:
     """Write the record, replacing an earlier one. Returns its path."""
-    tuned = Tuned(engine, precision, manifest.digest, cpu_name(), available_cpus(), slo, rate_per_s)
+    tuned = TunedSettings(engine, precision, manifest.digest, cpu_name(), available_cpus(), slo, rate_per_s)
     with new_file(export / TUNED) as file:
         file.write_text(json.dumps(asdict(tuned), indent=1) + "\n", encoding="utf-8")
     return export / TUNED
 
 
-def read_tuned(path: Path, manifest: Manifest) -> Tuned | None:
+def read_tuned(path: Path, manifest: Manifest) -> TunedSettings | None:
     """Return the record, or None unless it was measured for these files on such a machine and its engine runs here."""
     try:
-        tuned = Tuned(**json.loads((path / TUNED).read_text(encoding="utf-8")))
+        tuned = TunedSettings(**json.loads((path / TUNED).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     here = (manifest.digest, cpu_name(), available_cpus())

@@ -24,7 +24,7 @@ from deploykit.data.answer_table import TABLES, write_table
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.one_by_one import answer_each
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.protocol import Answer, Predictor, Progress, TaskFacts
 from deploykit.tasks.registry import task_of
 from deploykit.text import printable, without_surrogates

@@ -23,14 +23,14 @@ _SHOWN: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenValue:
     """The ``value`` of an option, and the ``reason`` for it: ``GIVEN`` where the user chose it."""
 
     value: Any
     reason: str
 
 
-Recipe = Mapping[str, Choice]
+Recipe = Mapping[str, ChosenValue]
 """Option -> its value and reason."""
 
 
@@ -47,11 +47,11 @@ def recipe_of(options: FinetuneOptions, chosen: Recipe) -> Recipe:
         if name in chosen:
             found[name] = chosen[name]
         elif name in preset and preset[name] == value:
-            found[name] = Choice(value, f"of --from-config {options.origin}")
+            found[name] = ChosenValue(value, f"of --from-config {options.origin}")
         elif value == defaults[name]:
-            found[name] = Choice(value, f"the default of --task {options.task}")
+            found[name] = ChosenValue(value, f"the default of --task {options.task}")
         else:
-            found[name] = Choice(value, GIVEN)
+            found[name] = ChosenValue(value, GIVEN)
     return found
 
 

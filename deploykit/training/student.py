@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deploykit.errors import UsageError
-from deploykit.training.last_end import read_last_end
+from deploykit.training.last_end_token import read_last_end
 
 Side = Literal["", "encoder", "decoder"]
 

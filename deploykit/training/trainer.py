@@ -25,9 +25,9 @@ from deploykit.freed_memory import keep_memory
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training import processes
 from deploykit.training.interruption import interruption_callbacks
-from deploykit.training.levers import lever_callbacks
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.progress import Progress
+from deploykit.training.regularization import regularization_callbacks
 from deploykit.training.rows import Say
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
     found: list[Any] = []
     if processes.is_first():
         found += [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
-    found += [*lever_callbacks(options), *interruption_callbacks()]
+    found += [*regularization_callbacks(options), *interruption_callbacks()]
     if (watch := _watch.get()) is not None:
         found.append(_Watcher(watch))
     if options.early_stopping_patience:

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from deploykit.errors import ArtifactError
-from deploykit.training.last_end import read_last_end
+from deploykit.training.last_end_token import read_last_end
 
 _LOG = logging.getLogger(__name__)
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")

@@ -1,4 +1,4 @@
-"""Answers equal those of transformers 4's QuestionAnsweringPipeline, from a virtual environment of its own, and metrics
+"""RightAnswers equal those of transformers 4's QuestionAnsweringPipeline, from a virtual environment of its own, and metrics
 those of SQuAD's script.
 
 The pipeline runs checkpoints, and exports as optimum's ORTModelForQuestionAnswering. It is wrong in one point, which is
@@ -28,7 +28,7 @@ from deploykit.tasks.opening import open_predictor
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.metrics import answer_metrics
-from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
+from deploykit.tasks.question_answering.rows import Example, RightAnswers, read_rows
 from deploykit.tasks.question_answering.spans import Found, Span
 
 PYTHON = Path(os.environ.get("OPTIMUM_VENV", "/tmp/deploykit-optimum")) / "bin" / "python"
@@ -172,7 +172,7 @@ def test_metrics_are_those_of_squads_script() -> None:
         answer = str(random.choice([*right, f"{texts[3]} y"]))
         rows.append((right, answer, float(np.float32(random.normal()))))
     found = [Found((Span(answer, 0, len(answer), 0.5),), none, 0.5) for _, answer, none in rows]
-    examples = [Example("q", "c", Answers(tuple(right), (0,) * len(right)), "", "") for right, *_ in rows]
+    examples = [Example("q", "c", RightAnswers(tuple(right), (0,) * len(right)), "", "") for right, *_ in rows]
     ours = answer_metrics(QuestionAnswering(64, 8, 0, no_answer_threshold=0.25), found, examples)
     theirs = by_transformers(_OFFICIAL, given=[rows, 0.25])
     for name, official in (("exact_match", "exact"), ("f1", "f1")):

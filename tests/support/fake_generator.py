@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from deploykit.openai.errors import ApiError, restarting
-from deploykit.openai.generator import Asked, Piece
+from deploykit.openai.generator import GenerationRequest, Piece
 
 ENDLESS, SLOW, HANGS, FULL = "endless", "slow", "hangs", "full"
 """Prompts that make the model go on forever, take a second, give no first token, and have a full queue."""
@@ -21,11 +21,11 @@ class FakeGenerator:
 
     def __init__(self) -> None:
         self.running = 0
-        self.asked: list[Asked] = []
+        self.asked: list[GenerationRequest] = []
         self.lost_for = 0
         """How many of the next requests find the model restarting."""
 
-    async def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def generate(self, asked: GenerationRequest) -> AsyncGenerator[Piece, None]:
         self.asked.append(asked)
         self.running += 1
         try:
@@ -40,7 +40,7 @@ class FakeGenerator:
     async def close(self) -> None:
         """Do nothing."""
 
-    async def _pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, asked: GenerationRequest) -> AsyncGenerator[Piece, None]:
         prompt = prompt_of(asked)
         if self.lost_for or prompt == LOST:
             self.lost_for = max(0, self.lost_for - 1)
@@ -75,7 +75,9 @@ class FakeGenerator:
                 else (),
             )
 
-    def _piece(self, asked: Asked, prompt: str, answers: Sequence[tuple[list[str], str]], step: int) -> Piece:
+    def _piece(
+        self, asked: GenerationRequest, prompt: str, answers: Sequence[tuple[list[str], str]], step: int
+    ) -> Piece:
         new = [tokens[step : step + 1] for tokens, _ in answers]
         last = [step == len(tokens) - 1 and prompt != ENDLESS for tokens, _ in answers]
         rows: list[list[dict[str, Any]]] = [[self._row(token, asked) for token in tokens] for tokens in new]
@@ -92,7 +94,7 @@ class FakeGenerator:
             rows if asked.logprobs else (),
         )
 
-    def _row(self, token: str, asked: Asked) -> dict[str, Any]:
+    def _row(self, token: str, asked: GenerationRequest) -> dict[str, Any]:
         top = [
             {"token": f"t{i}", "token_id": i, "bytes": list(b"t%d" % i), "logprob": -1.0 - i}
             for i in range(asked.sampling.get("logprobs", 0))
@@ -100,7 +102,7 @@ class FakeGenerator:
         return {"token": token, "token_id": len(token), "bytes": list(token.encode()), "logprob": -0.5, "top": top}
 
 
-def prompt_of(asked: Asked) -> str:
+def prompt_of(asked: GenerationRequest) -> str:
     """Return the text prompt, a word for each token id, or the last message's content."""
     if asked.text is not None:
         return asked.text
@@ -118,7 +120,7 @@ def split(text: str) -> list[str]:
     return [words[0], *(f" {word}" for word in words[1:])]
 
 
-def tokens_of(asked: Asked, index: int) -> tuple[list[str], str]:
+def tokens_of(asked: GenerationRequest, index: int) -> tuple[list[str], str]:
     """Return the tokens of answer ``index`` and how it ends."""
     sampling = asked.sampling
     prompt = prompt_of(asked)

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from deploykit.openai.errors import ApiError
-from deploykit.openai.generator import Asked, Piece
+from deploykit.openai.generator import GenerationRequest, Piece
 
 _DTYPES: dict[str, tuple[str, type]] = {
     "num_input_tokens": ("UINT32", np.uint32),
@@ -74,7 +74,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 yield service_pb2.ModelStreamInferResponse(error_message=error.message)
 
 
-def read(request: Any) -> Asked:
+def read(request: Any) -> GenerationRequest:
     """Return what the tensors of a request ask for."""
     values: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
@@ -89,7 +89,7 @@ def read(request: Any) -> Asked:
             values[tensor.name] = bool(np.frombuffer(raw, np.bool_)[0])
     assert values["exclude_input_in_output"]
     assert len(values.keys() & {"text_input", "input_ids", "messages"}) == 1
-    return Asked(
+    return GenerationRequest(
         request.model_name,
         json.loads(values["sampling_parameters"]),
         values.get("text_input"),

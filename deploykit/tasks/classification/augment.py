@@ -20,11 +20,11 @@ from deploykit.errors import UsageError
 from deploykit.inspection import robustness as inspection
 from deploykit.inspection.robustness import Noisy
 from deploykit.runtime.served import DEFAULT_URL
+from deploykit.tasks.answer_each import Refusal, answer_each
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import Example
-from deploykit.tasks.one_by_one import Refusal, answer_each
 from deploykit.tasks.opening import open_translator
 from deploykit.training.kept_answers import kept_answers
 from deploykit.training.rows import Say

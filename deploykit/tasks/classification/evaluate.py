@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.classification.clean import join_label_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
@@ -19,7 +20,6 @@ from deploykit.tasks.classification.pairs import check_columns, read_pairs
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals
 from deploykit.tasks.classification.rows import Columns, Example, as_example, check_labels, check_numbers, load_examples
-from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
 
 _CHUNK = 1024

@@ -20,8 +20,8 @@ from deploykit.tasks.classification.losses import distillation, divergence, summ
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.training import trainer
-from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
+from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deploykit.training.recipe import Choice, Recipe
+from deploykit.training.recipe import ChosenValue, Recipe
 
 Kind = Literal["encoder", "encoder-decoder", "decoder"]
 
@@ -49,7 +49,7 @@ def choose(facts: Facts, *, batch: int = 0, accumulation: int = 1) -> Recipe:
         "learning_rate": _rate(facts),
         "num_train_epochs": _epochs(facts, (batch or size.value) * facts.processes * accumulation),
         "per_device_train_batch_size": size,
-        "warmup_ratio": Choice(_WARMUP, "the share of the steps in which the new head settles"),
+        "warmup_ratio": ChosenValue(_WARMUP, "the share of the steps in which the new head settles"),
         "max_length": length,
     }
 
@@ -69,7 +69,7 @@ def kind_of(config: Any) -> Kind:
     )
 
 
-def _rate(facts: Facts) -> Choice:
+def _rate(facts: Facts) -> ChosenValue:
     base = _RATE_TIMES_HIDDEN[facts.kind]
     low, high = _RATES
     rate = min(max(base / facts.hidden, low), high)
@@ -80,39 +80,39 @@ def _rate(facts: Facts) -> Choice:
         rate, reason = rate * _ADAPTER_RATE, f"{reason}; times {_ADAPTER_RATE} for an adapter"
     if facts.rounded:
         rate, reason = rate * _QAT_RATE, f"{reason}; times {_QAT_RATE:g} with --qat"
-    return Choice(float(f"{rate:.2g}"), reason)
+    return ChosenValue(float(f"{rate:.2g}"), reason)
 
 
-def _epochs(facts: Facts, batch: int) -> Choice:
+def _epochs(facts: Facts, batch: int) -> ChosenValue:
     low, high = _EPOCHS
     steps = max(1, math.ceil(facts.rows / batch))
     if facts.rounded:
-        return Choice(1.0, "--qat continues from a trained model")
+        return ChosenValue(1.0, "--qat continues from a trained model")
     if facts.rows > _VERY_MANY_ROWS:
-        return Choice(2.0, f"{facts.rows:,} rows, more than {_VERY_MANY_ROWS:,}")
+        return ChosenValue(2.0, f"{facts.rows:,} rows, more than {_VERY_MANY_ROWS:,}")
     epochs = min(max(math.ceil(_STEPS / steps), low), high)
     reason = f"{facts.rows:,} rows are {steps:,} step{'s' * (steps > 1)} an epoch: at least {_STEPS} steps, {low} to {high} epochs"
-    return Choice(float(epochs), reason)
+    return ChosenValue(float(epochs), reason)
 
 
-def _batch(facts: Facts, length: int) -> Choice:
+def _batch(facts: Facts, length: int) -> ChosenValue:
     whole = _whole_batch(facts, length)
     if facts.processes == 1:
         return whole
-    return Choice(
+    return ChosenValue(
         math.ceil(whole.value / facts.processes), f"{whole.value} of {facts.processes} processes: {whole.reason}"
     )
 
 
-def _whole_batch(facts: Facts, length: int) -> Choice:
+def _whole_batch(facts: Facts, length: int) -> ChosenValue:
     if facts.rows < _MANY_ROWS:
-        return Choice(_BATCH, f"{facts.rows:,} rows, fewer than {_MANY_ROWS:,}: more steps")
+        return ChosenValue(_BATCH, f"{facts.rows:,} rows, fewer than {_MANY_ROWS:,}: more steps")
     if length > _LENGTHS[0]:
-        return Choice(_BATCH, f"texts of more than {_LENGTHS[0]} tokens: less memory")
-    return Choice(_LARGE_BATCH, f"{facts.rows:,} rows, {_MANY_ROWS:,} or more")
+        return ChosenValue(_BATCH, f"texts of more than {_LENGTHS[0]} tokens: less memory")
+    return ChosenValue(_LARGE_BATCH, f"{facts.rows:,} rows, {_MANY_ROWS:,} or more")
 
 
-def _length(facts: Facts) -> Choice:
+def _length(facts: Facts) -> ChosenValue:
     low, high = _LENGTHS
     covered = int(np.quantile(facts.lengths, _QUANTILE, method="inverted_cdf"))
     rounded = _STEP * math.ceil(covered / _STEP)
@@ -124,4 +124,4 @@ def _length(facts: Facts) -> Choice:
         reason += f"; {low} at least: short texts are not padded to this length"
     elif length < rounded:
         reason += f"; {high} at most: longer texts take too much memory for their use"
-    return Choice(length, reason)
+    return ChosenValue(length, reason)

@@ -117,9 +117,9 @@ class _Classification:
         return as_text(first, second)
 
     def answer(self, predictor: TextClassifier, texts: Sequence[str], generation: None = None) -> list[Answer]:
-        from deploykit.tasks.classification.answers import answers
+        from deploykit.tasks.classification.answer_texts import answer_texts
 
-        return answers(predictor, texts)
+        return answer_texts(predictor, texts)
 
     def explained_text(
         self, predictor: TextClassifier, text: str, answer: str | None, method: str, unit: Unit

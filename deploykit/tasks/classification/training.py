@@ -20,7 +20,6 @@ from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
 from deploykit.tasks.classification.distill import Teacher
-from deploykit.tasks.classification.doubts import label_doubts, refuse_lone_labels
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
@@ -42,9 +41,10 @@ from deploykit.tasks.classification.rows import (
 )
 from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
+from deploykit.tasks.classification.unusual_labels import label_doubts, refuse_lone_labels
 from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
-from deploykit.training.recipe import Choice, Recipe
+from deploykit.training.recipe import ChosenValue, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers, layer_count
 from deploykit.training.trainer import Trained
@@ -169,7 +169,7 @@ class ClassificationStage:
     def complete(self, rows: Rows[Example, Columns]) -> tuple[ClassificationOptions, Recipe]:
         """Choose the options that the user did not set. Returns all options, and the chosen ones."""
         options = self._options
-        chosen: dict[str, Choice] = {}
+        chosen: dict[str, ChosenValue] = {}
         if options.unset:
             choices = choose(
                 self._facts(rows), batch=options.per_device_train_batch_size,
@@ -177,7 +177,7 @@ class ClassificationStage:
             )  # fmt: skip
             chosen = {name: choices[name] for name in options.unset}
             if options.qat and "max_length" in chosen:
-                chosen["max_length"] = Choice(self._trained_for.max_length, "as the checkpoint was trained")
+                chosen["max_length"] = ChosenValue(self._trained_for.max_length, "as the checkpoint was trained")
             if options.warmup_ratio == choices["warmup_ratio"].value:
                 chosen["warmup_ratio"] = choices["warmup_ratio"]
             values = {name: choice.value for name, choice in chosen.items()}

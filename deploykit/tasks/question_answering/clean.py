@@ -9,7 +9,7 @@ from functools import cache
 
 from deploykit.data.cleaning import cleaning_lines
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS
-from deploykit.tasks.question_answering.rows import Answers, Example, RawRow
+from deploykit.tasks.question_answering.rows import Example, RawRow, RightAnswers
 from deploykit.text import is_blank, printable
 
 
@@ -121,7 +121,7 @@ def clean(
             tell(f"{row.origin}: the answer does not stand at its place, nor once elsewhere")
             continue
         repaired += question != row.question or context != row.context
-        answers = Answers(tuple(text for text, _ in found), tuple(start for _, start in found))
+        answers = RightAnswers(tuple(text for text, _ in found), tuple(start for _, start in found))
         example = Example(question, context, answers, row.id or row.origin, row.origin)
         by_question.setdefault((" ".join(question.casefold().split()), context), []).append(example)
     kept: list[Example] = []
@@ -158,5 +158,5 @@ def _missing(row: RawRow) -> str:
 def _joined(same: Sequence[Example]) -> Example:
     """Return the first of several equal questions, with the answers of all."""
     pairs = dict.fromkeys(pair for e in same for pair in zip(e.answers.text, e.answers.answer_start))
-    answers = Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
+    answers = RightAnswers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
     return dataclasses.replace(same[0], answers=answers)

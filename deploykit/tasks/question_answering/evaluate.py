@@ -13,7 +13,7 @@ from deploykit.tasks.question_answering.clean import clean
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.predictor import TextAnswerer
-from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
+from deploykit.tasks.question_answering.rows import Example, RightAnswers, read_rows
 from deploykit.tasks.question_answering.spans import Found
 from deploykit.text import is_blank
 
@@ -67,7 +67,7 @@ def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -
     """Answer every text and compare. ``truth`` has a JSON list of right answers each; raises DataError for anything
     else."""
     pairs = [from_text(text) for text in texts]
-    examples = [Example(*pair, Answers(_right_answers(right)), "", "") for pair, right in zip(pairs, truth)]
+    examples = [Example(*pair, RightAnswers(_right_answers(right)), "", "") for pair, right in zip(pairs, truth)]
     found: list[Found] = []
     for start in range(0, len(pairs), _CHUNK):
         found += found_for(predictor, pairs[start : start + _CHUNK], lambda done, of: None)

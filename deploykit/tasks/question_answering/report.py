@@ -17,7 +17,7 @@ from deploykit.inspection.reliability import calibration
 from deploykit.inspection.robustness import MOST_ROWS, Noisy, robustness
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, by_value, common_slices, sliced
-from deploykit.inspection.worst import worst_rows
+from deploykit.inspection.worst_rows import worst_rows
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.question_answering.evaluate import evaluation, found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import as_text, from_text

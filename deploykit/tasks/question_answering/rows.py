@@ -24,7 +24,7 @@ _COLUMNS = "name the columns question, context and answers (or answer, answer_st
 
 
 @dataclass(frozen=True)
-class Answers:
+class RightAnswers:
     """The right answers to a question and their start positions in the context, in code points; empty for no answer.
 
     Has the fields of Hugging Face's squad.
@@ -54,13 +54,13 @@ class Example:
 
     question: str
     context: str
-    answers: Answers
+    answers: RightAnswers
     id: str
     origin: str
 
     def __post_init__(self) -> None:
         if isinstance(self.answers, dict):  # read from JSON
-            object.__setattr__(self, "answers", Answers(*(tuple(v) for v in self.answers.values())))
+            object.__setattr__(self, "answers", RightAnswers(*(tuple(v) for v in self.answers.values())))
 
 
 def read_rows(source: str, *, reading: Reading = AS_FOUND, split: str = "train") -> Iterator[RawRow]:

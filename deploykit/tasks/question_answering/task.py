@@ -109,9 +109,9 @@ class _QuestionAnswering:
 
     def answer(self, predictor: TextAnswerer, texts: Sequence[str], generation: int | None = None) -> list[Answer]:
         """Answer questions; ``generation`` is the number of answers to each."""
-        from deploykit.tasks.question_answering.answers import answers
+        from deploykit.tasks.question_answering.answer_texts import answer_texts
 
-        return answers(predictor, texts, generation)
+        return answer_texts(predictor, texts, generation)
 
     def explained_text(
         self, predictor: TextAnswerer, text: str, answer: str | None, method: str, unit: Unit

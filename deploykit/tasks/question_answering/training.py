@@ -25,7 +25,7 @@ from deploykit.tasks.question_answering.split import drop_leaks, split, take
 from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens
-from deploykit.training.levers import optimizers
+from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 from deploykit.training.weights import Loaded

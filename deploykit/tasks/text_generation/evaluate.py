@@ -32,7 +32,7 @@ _LEAST_ROOM = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvaluationRows:
     """Rows to measure on. ``encoded`` has all tokens of each, ``prompts`` the ids that the model continues;
     plain texts have no prompts."""
 
@@ -44,19 +44,19 @@ class Asked:
     def references(self) -> list[str]:
         return [row.answer for row in self.rows if row.text is None]
 
-    def some(self, count: int) -> Asked:
+    def some(self, count: int) -> EvaluationRows:
         """Return ``count`` of the rows, evenly over their order."""
         places = evenly(range(len(self.rows)), count)
         asked = [i for i, row in enumerate(self.rows) if row.text is None]
         at = {row: i for i, row in enumerate(asked)}
-        return Asked(
+        return EvaluationRows(
             [self.rows[i] for i in places],
             [self.encoded[i] for i in places],
             [self.prompts[at[i]] for i in places if i in at],
         )
 
 
-def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple[Asked, list[str]]:
+def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple[EvaluationRows, list[str]]:
     """Encode rows; return those that fit the context of ``max_length`` tokens, and a line for each other row: its name, and
     that it does not fit or why the template refuses it."""
     kept, encoded, prompts, problems = [], [], [], []
@@ -73,12 +73,12 @@ def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple
             prompts += [prompt] if row.text is None else []
         else:
             problems.append(f"{row.origin}: prompt and answer do not fit {max_length:,} tokens, or the answer is empty")
-    return Asked(kept, encoded, prompts), problems
+    return EvaluationRows(kept, encoded, prompts), problems
 
 
 def read_asked(
     source: str, generator: LocalGenerator, *, split: str, reading: Reading, columns: Mapping[str, Any]
-) -> tuple[Asked, list[str]]:
+) -> tuple[EvaluationRows, list[str]]:
     """Read a file's rows in the format that the training rows had, or that its columns show. Returns also a line for each
     row that cannot be used. Raises DataError when none can."""
     raw, _ = load_rows(
@@ -107,8 +107,8 @@ class Measured:
     """A model's results on rows: the ``scores`` of all their right answers, whose ``texts`` these are, and its own ``answers``
     to ``some`` of the rows, with their tokens, to be compared by ``options``."""
 
-    asked: Asked
-    some: Asked
+    asked: EvaluationRows
+    some: EvaluationRows
     scores: list[RowScore]
     texts: list[str]
     answers: list[Generated]
@@ -145,7 +145,7 @@ class Measured:
 
 
 def measure_rows(
-    generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, *, answer_regex: str | None = None,
+    generator: LocalGenerator, asked: EvaluationRows, sampling: Sampling | None = None, *, answer_regex: str | None = None,
     syntax: str | None = None, answered: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Measured:  # fmt: skip
     """Score all rows, and answer ``answered`` of them (None: all)."""
@@ -170,7 +170,7 @@ def measure_rows(
     return Measured(asked, some, scores, texts, answers, {"answer_regex": answer_regex, "syntax": parser})
 
 
-def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
+def room_for(tokenizer: ChatTokenizer, asked: EvaluationRows) -> int:
     """Return the most tokens worth generating: twice what nine of ten right answers have."""
     lengths = [len(tokenizer.tokenizer.encode(text).ids) for text in asked.references]
     return max(2 * int(np.percentile(lengths, 90)) if lengths else 0, _LEAST_ROOM)

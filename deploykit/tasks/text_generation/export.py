@@ -44,7 +44,7 @@ from deploykit.tasks.text_generation.calibration import (
 )
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
-from deploykit.tasks.text_generation.evaluate import Asked, ask, columns_of
+from deploykit.tasks.text_generation.evaluate import EvaluationRows, ask, columns_of
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.genai_config import write_genai_config
 from deploykit.tasks.text_generation.generator import LocalGenerator
@@ -272,7 +272,9 @@ class Parity:
     ties: int
 
 
-def _check_parity(directory: Path, reference: TorchGenerator, task: TextGeneration, asked: Asked, say: Say) -> Parity:
+def _check_parity(
+    directory: Path, reference: TorchGenerator, task: TextGeneration, asked: EvaluationRows, say: Say
+) -> Parity:
     """Compare the export with the checkpoint. Raises ExportError when graph or tokenizer differ from the checkpoint's."""
     some = asked.some(_PARITY_ROWS)
     tokenizer = ChatTokenizer.load(directory, task.special_tokens, task.eos_token_ids)

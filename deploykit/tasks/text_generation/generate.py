@@ -28,7 +28,7 @@ _PROMPT_COLUMNS = (_MESSAGES, "prompt", "question", "instruction", "query", "inp
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class PromptOptions:
     """``raw``: continue the prompt as it is, without the chat template. ``system``: text of the system message."""
 
     sampling: Sampling
@@ -48,7 +48,7 @@ class Question:
 def answers(
     generator: TextGenerator,
     questions: Sequence[Question],
-    how: How,
+    how: PromptOptions,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Return a record for each question: origin, prompt, answer (``answers`` where several are wanted), finish and the
@@ -70,7 +70,7 @@ def answers(
     return records
 
 
-def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
+def _record(found: Sequence[Generated], how: PromptOptions) -> dict[str, Any]:
     def one(answer: Generated) -> dict[str, Any]:
         record: dict[str, Any] = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
         if how.sampling.logprobs is not None:
@@ -149,7 +149,7 @@ def _question(origin: str, value: object) -> Question:
 
 
 def generate_file(
-    generator: TextGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
+    generator: TextGenerator, source: str, out: Path, how: PromptOptions, *, identity: str, column: str | None = None,
     reading: Reading = AS_FOUND, force: bool = False, progress: Callable[[int, int], None], spread: Spread | None = None,
 ) -> Answered:  # fmt: skip
     """Write a line of JSON for each row of ``source`` to ``out``; see ``answer_file``."""

@@ -48,7 +48,7 @@ def command(
 
     from deploykit.runtime.sampling import override
     from deploykit.tasks.opening import open_generator
-    from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
+    from deploykit.tasks.text_generation.generate import PromptOptions, Question, answers, generate_file
 
     given = given_sampling(sampling)
     where: dict[str, Any] = {"precision": precision, "threads": threads, "url": url}
@@ -56,7 +56,7 @@ def command(
         raise UsageError("--draft-model does not go with --ray", "leave one of them out")
     generator = open_generator(model, draft_model=draft_model, **where)
     try:
-        how = How(override(generator.task.sampling, given), raw, system)
+        how = PromptOptions(override(generator.task.sampling, given), raw, system)
         if source is None or output is None:
             refuse_ray(ray)
             records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)

@@ -36,7 +36,7 @@ _MOST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
-class Form:
+class QuantizedForm:
     """A quantized form of a model. ``save(kept=parts)`` writes ``file`` with some parts in a higher precision.
     ``calibrated``: its activations have fixed ranges."""
 
@@ -69,7 +69,7 @@ def quantized_forms(
     options: ExportOptions,
     static: StaticInt8 | None = None,
     rounding: Rounding | None = None,
-) -> list[Form]:
+) -> list[QuantizedForm]:
     """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations, and ``rounding``
     is not theirs.
 
@@ -87,10 +87,10 @@ def quantized_forms(
         save = partial(
             save_graphs, model, bits, directory=directory, precision=precision, ranges=ranges, rounding=rounding
         )
-        forms.append(Form(ENGINE, precision, graph, save, calibrated=ranges is not None))
+        forms.append(QuantizedForm(ENGINE, precision, graph, save, calibrated=ranges is not None))
         if native is not None:
             file = directory / NATIVE_LANGUAGE_MODELS[precision][0]
-            forms.append(Form(NATIVE, precision, file, partial(native.save, file, bits)))
+            forms.append(QuantizedForm(NATIVE, precision, file, partial(native.save, file, bits)))
     return forms
 
 
@@ -117,7 +117,7 @@ def standard_graph(directory: Path, precision: Precision) -> Path:
 
 
 def quantize(
-    forms: Sequence[Form], parts: Sequence[str], options: ExportOptions, grader: LanguageModelGrader,
+    forms: Sequence[QuantizedForm], parts: Sequence[str], options: ExportOptions, grader: LanguageModelGrader,
     trace: MeasurementLog, say: Say, compensate: Callable[[str], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """Write the forms. Returns their records for the manifest, by precision; those of ``native`` are under its name.
@@ -136,7 +136,7 @@ def quantize(
 
 
 def _hold_limit(
-    form: Form,
+    form: QuantizedForm,
     parts: Sequence[str],
     options: ExportOptions,
     grader: LanguageModelGrader,
@@ -164,7 +164,7 @@ def _hold_limit(
     )  # fmt: skip
 
 
-def _record(form: Form, grader: LanguageModelGrader, say: Say) -> dict[str, Any]:
+def _record(form: QuantizedForm, grader: LanguageModelGrader, say: Say) -> dict[str, Any]:
     line = grader.metrics[f"{form.engine}-{form.precision}"]
     agreement = next(
         each.agreement for each in grader.table if (each.engine, each.precision) == (form.engine, form.precision)

@@ -17,7 +17,7 @@ from deploykit.inspection.drift import drift
 from deploykit.inspection.reliability import calibration
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, common_slices, sliced
-from deploykit.inspection.worst import worst_rows
+from deploykit.inspection.worst_rows import worst_rows
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.text_generation.encode import EncodedRow

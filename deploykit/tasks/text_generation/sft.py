@@ -38,7 +38,7 @@ from deploykit.tasks.text_generation.packing import (
     row_tokens,
 )
 from deploykit.training import processes, trainer
-from deploykit.training.levers import optimizers
+from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
 
 _SHOWN = 100
@@ -46,7 +46,7 @@ _MERGE_DIFFERENCE = 1e-3
 """Largest change of logits by merging an adapter in fp32, relative to the largest logit."""
 
 
-class Answers:
+class SampleAnswers:
     """Answers to some prompts at each evaluation: printed, and kept in ``file`` for a run that is continued."""
 
     def __init__(self, prompts: Sequence[str], answer: Callable[[Any], Sequence[str]], file: Path, say: Say) -> None:
@@ -80,7 +80,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         *,
         batches: TokenBatches,
         validation: DataLoader[Any],
-        answers: Answers | None,
+        answers: SampleAnswers | None,
         teacher: Teacher | None,
         **arguments: Any,
     ) -> None:
@@ -158,7 +158,7 @@ def supervised_loss(
 
 def train(
     model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
-    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None, teacher: Teacher | None = None,
+    options: TextGenerationOptions, work: Path, say: Say, answers: SampleAnswers | None = None, teacher: Teacher | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Return the model as it was at the lowest validation loss, an adapter merged into it, and the run's history.
 
@@ -179,7 +179,7 @@ def train(
 
 def sft_trainer(
     model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
-    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None, teacher: Teacher | None = None,
+    options: TextGenerationOptions, work: Path, say: Say, answers: SampleAnswers | None = None, teacher: Teacher | None = None,
 ) -> SftTrainer:  # fmt: skip
     """Return the trainer of ``model``, to which an adapter is added if ``options`` ask for one."""
     read_by = [model] if teacher is None else [model, teacher.model]

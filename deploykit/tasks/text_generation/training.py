@@ -35,15 +35,15 @@ from deploykit.tasks.text_generation.clean_rows import (
 )
 from deploykit.tasks.text_generation.distill import Teacher, check_teacher
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
-from deploykit.tasks.text_generation.evaluate import Asked, Measured, ask, measure_rows, room_for
+from deploykit.tasks.text_generation.evaluate import EvaluationRows, Measured, ask, measure_rows, room_for
 from deploykit.tasks.text_generation.four_bit import check_four_bit
 from deploykit.tasks.text_generation.generator import RowScore
 from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
-from deploykit.tasks.text_generation.sft import Answers, train
+from deploykit.tasks.text_generation.sft import SampleAnswers, train
 from deploykit.training import processes
-from deploykit.training.recipe import Choice, Recipe
+from deploykit.training.recipe import ChosenValue, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers
 from deploykit.training.trainer import Trained
@@ -89,7 +89,7 @@ class TextGenerationStage:
 
     def complete(self, _: object) -> tuple[TextGenerationOptions, Recipe]:
         """Choose the length if the user did not set it. Returns all options, and the chosen ones."""
-        length = Choice(self._max_length, f"{DEFAULT_LENGTH:,}, or the model's context if that is shorter")
+        length = ChosenValue(self._max_length, f"{DEFAULT_LENGTH:,}, or the model's context if that is shorter")
         return dataclasses.replace(self._options, max_length=self._max_length), {"max_length": length}
 
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawRow], Columns]:
@@ -181,7 +181,7 @@ class TextGenerationStage:
         )
         questions = asked["validation"].some(_ANSWERED)
         with_answers = [row for row in questions.rows if row.text is None]
-        while_training = Answers(
+        while_training = SampleAnswers(
             [row.prompt for row in with_answers],
             lambda model: self._answers(TorchGenerator(model, tokenizer, facts), questions),
             work / "answers.json",
@@ -231,7 +231,7 @@ class TextGenerationStage:
                 warnings.simplefilter("ignore")
                 model.resize_token_embeddings(len(self.hf_tokenizer), mean_resizing=True)
 
-    def _evaluated(self, generator: TorchGenerator, asked: Asked) -> Measured:
+    def _evaluated(self, generator: TorchGenerator, asked: EvaluationRows) -> Measured:
         sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         options = self._options
         return measure_rows(
@@ -243,11 +243,13 @@ class TextGenerationStage:
             answered=options.eval_rows,
         )
 
-    def _answers(self, generator: TorchGenerator, asked: Asked) -> list[str]:
+    def _answers(self, generator: TorchGenerator, asked: EvaluationRows) -> list[str]:
         sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         return [found.text for [found] in generator.generate(asked.prompts, sampling)]
 
-    def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, what: str, say: Say) -> dict[str, Any]:
+    def _measured(
+        self, generator: TorchGenerator, asked: EvaluationRows, kept: Path, what: str, say: Say
+    ) -> dict[str, Any]:
         """Measure a model before training. A resumed run reads the result from ``kept``."""
         if kept.is_file():
             record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from deploykit.runtime.decode_loop import DecodeLoop
 from deploykit.runtime.engines.causal_lm import MAX_CACHE_BYTES, MAX_ROWS
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.sampling import Sampling, override
-from deploykit.runtime.triton_decoding import LoadMetrics, Trace, log_error, send_failure, send_last, submit
+from deploykit.runtime.triton_decoding import LoadMetrics, RequestTrace, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
     FailedError,
     RefusedError,
@@ -132,7 +132,7 @@ class TextGenerationBackend:
             send_last(sender, FailedError(error).response())
 
     def _submit(self, request: Any, sender: Any) -> None:
-        trace = Trace(request)
+        trace = RequestTrace(request)
         generator = self._loop.model
         asked = _Asked(request)
         sampling = asked.sampling(generator.task)
@@ -276,7 +276,7 @@ class _Client:
         asked: _Asked,
         tokenizer: ChatTokenizer,
         call: Callable[..., None],
-        trace: Trace,
+        trace: RequestTrace,
     ) -> None:
         self.trace = trace
         self._request, self._sender, self._asked, self._tokenizer, self._call = request, sender, asked, tokenizer, call

@@ -9,7 +9,7 @@ from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import unanswered
 from deploykit.errors import DataError
 from deploykit.runtime.generation import Generation
-from deploykit.tasks.one_by_one import answer_each
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.metrics import measure_of, metrics_with_intervals, translation_metrics

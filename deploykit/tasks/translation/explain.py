@@ -15,7 +15,7 @@ from deploykit.attribution.explain import ExplainedText, Measure
 from deploykit.attribution.words import Span, Unit, split_units, split_words, without
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.decoding import Decoder, Sentence
-from deploykit.tasks.translation.forced_decoding import Forced, log_probabilities
+from deploykit.tasks.translation.forced_decoding import ForcedTranslation, log_probabilities
 from deploykit.tasks.translation.predictor import TextTranslator, Translator
 from deploykit.tasks.translation.sentences import split_sentences
 from deploykit.tasks.translation.source_prefix import cut_code
@@ -72,7 +72,7 @@ class ScoredTranslation(_Text):
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
         asked = [[(i, self._without(piece, words)) for i, piece in enumerate(self._pieces)] for words in removed]
         new = list(dict.fromkeys(one for text in asked for one in text if one not in self._known))
-        pairs = [Forced(self._source(text), self._targets[i]) for i, text in new]
+        pairs = [ForcedTranslation(self._source(text), self._targets[i]) for i, text in new]
         self._known.update(zip(new, _scores(self._translator, pairs)))
         return np.array([math.fsum(self._known[one] for one in text) for text in asked])
 
@@ -94,7 +94,7 @@ class ScoredTranslation(_Text):
         return job.sentences
 
 
-def _scores(translator: Translator[Any], pairs: Sequence[Forced]) -> list[float]:
+def _scores(translator: Translator[Any], pairs: Sequence[ForcedTranslation]) -> list[float]:
     """Return the log-probability of each translation."""
     decoder = translator.decoder
     if isinstance(decoder, Decoder):

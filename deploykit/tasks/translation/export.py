@@ -45,7 +45,7 @@ from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs
 from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 from deploykit.tasks.translation.facts import Translation
-from deploykit.tasks.translation.forced_decoding import Forced, greedy_translations, log_probabilities
+from deploykit.tasks.translation.forced_decoding import ForcedTranslation, greedy_translations, log_probabilities
 from deploykit.tasks.translation.metrics import measure_of, translation_metrics
 from deploykit.tasks.translation.optimum import write_optimum
 from deploykit.tasks.translation.pairs import Pair
@@ -248,7 +248,7 @@ class _Grader(Grader[list[str]]):
         super().__init__()
         self._directory, self._task = directory, task
         self._sources, self._targets = [pair.source for pair in rows], [pair.target for pair in rows]
-        self._sample: list[Forced] = []
+        self._sample: list[ForcedTranslation] = []
 
     def measure(self, raw: list[str]) -> dict[str, Any]:
         return translation_metrics(raw, self._targets, self._sources, self._task.target)

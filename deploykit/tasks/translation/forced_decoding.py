@@ -17,23 +17,25 @@ _STEPS = 32
 
 
 @dataclass(frozen=True)
-class Forced:
+class ForcedTranslation:
     """Token ids of a sentence and of the beginning of its translation, without the start token."""
 
     source: Sequence[int]
     target: Sequence[int]
 
 
-def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Forced]:
+def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[ForcedTranslation]:
     """Translate each sentence of ``texts`` greedily, up to 32 tokens."""
     generation = dataclasses.replace(translator.task.generation, beam_size=1)
     jobs = translator.begin(texts, generation, scored=False)
     sentences = [sentence for job in jobs for sentence in job.sentences]
     translator.decoder.run(sentences)
-    return [Forced(s.token_ids, s.result.tokens[:_STEPS].tolist()) for s in sentences if s.result is not None]
+    return [
+        ForcedTranslation(s.token_ids, s.result.tokens[:_STEPS].tolist()) for s in sentences if s.result is not None
+    ]
 
 
-def log_probabilities(model: DecodeModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
+def log_probabilities(model: DecodeModel, task: Translation, pairs: Sequence[ForcedTranslation]) -> NDArray[np.float32]:
     """Return the log-probability of each token of the translations given those before it, [tokens of all], clipped to
     finite values."""
     cross = model.encode([pair.source for pair in pairs])

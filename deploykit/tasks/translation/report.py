@@ -16,7 +16,7 @@ from deploykit.inspection.drift import drift
 from deploykit.inspection.robustness import MOST_ROWS, Noisy, robustness
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_value, common_slices, sliced
-from deploykit.inspection.worst import worst_rows
+from deploykit.inspection.worst_rows import worst_rows
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.translation.evaluate import evaluation, translate_rows, translated_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploykit.errors import UsageError
 from deploykit.runtime.served import DEFAULT_URL
-from deploykit.tasks.one_by_one import answer_each
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.opening import open_translator
 from deploykit.tasks.translation.languages import distance
 from deploykit.tasks.translation.options import TranslationOptions

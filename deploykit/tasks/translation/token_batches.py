@@ -20,8 +20,8 @@ from deploykit.tasks.translation.metrics import bleu_and_chrf
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.pairs import Pair
 from deploykit.training import processes, trainer
-from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
+from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
 
 _IGNORED = -100

@@ -27,7 +27,7 @@ from deploykit.data.texts import TextRow
 from deploykit.errors import UsageError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.serving_settings import LongInput, Split
-from deploykit.tasks.one_by_one import Refusal, answer_each
+from deploykit.tasks.answer_each import Refusal, answer_each
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.rows import one_line, read_sources
 from deploykit.tasks.translation.translated import Translated
@@ -36,7 +36,7 @@ _CHUNK = 512  # enough sentences to choose from for the decoder to keep its rows
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class TranslateOptions:
     """Options of translating. ``generation`` replaces the model's own; ``long_input`` says what to do with texts that
     are too long, and ``split`` which pieces of a text are translated one by one."""
 
@@ -46,7 +46,7 @@ class How:
 
 
 def translations(
-    translator: TextTranslator, rows: Sequence[TextRow], how: How, *, scored: bool = True
+    translator: TextTranslator, rows: Sequence[TextRow], how: TranslateOptions, *, scored: bool = True
 ) -> list[dict[str, Any]]:
     """Return a record for each row: origin, text, translation, score, source_tokens, target_tokens and finish; or
     origin and error.
@@ -78,7 +78,7 @@ def translate_file(
     translator: TextTranslator,
     source: str,
     out: Path,
-    how: How,
+    how: TranslateOptions,
     *,
     identity: str,
     column: str | None = None,
@@ -126,7 +126,7 @@ def _write_text(answers: Path, out: Path) -> None:
         file.writelines(one_line(json.loads(line).get("translation", "")) + "\n" for line in lines)
 
 
-def cut_off(finish: Mapping[str, int], how: How) -> str:
+def cut_off(finish: Mapping[str, int], how: TranslateOptions) -> str:
     """Return a message: how many translations were cut off at the length limit."""
     limit = f" of {how.generation.max_length - 1} tokens" if how.generation else ""
     return f"{finish['length']:,} of {sum(finish.values()):,} translations were cut off at the length limit{limit}"

@@ -70,11 +70,11 @@ def command(
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
     from deploykit.tasks.opening import open_translator
-    from deploykit.tasks.translation.translate import How, cut_off, translate_file, translations
+    from deploykit.tasks.translation.translate import TranslateOptions, cut_off, translate_file, translations
 
     translator = open_translator(model, **where)
     try:
-        how = How(override(translator.task, generation), long_input, split)
+        how = TranslateOptions(override(translator.task, generation), long_input, split)
         if source is None or output is None:
             refuse_ray(ray)
             rows = [TextRow(f"text {i}", text, None) for i, text in enumerate(texts, start=1)]

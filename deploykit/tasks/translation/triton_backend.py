@@ -24,7 +24,7 @@ from deploykit.runtime.decoding import MAX_CACHE_BYTES, longest_first
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
-from deploykit.runtime.triton_decoding import LoadMetrics, Trace, log_error, send_failure, send_last, submit
+from deploykit.runtime.triton_decoding import LoadMetrics, RequestTrace, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
     INPUT,
     FailedError,
@@ -102,7 +102,7 @@ class TranslationBackend:
         self._loop.close()
 
     def _submit(self, request: Any) -> None:
-        trace = Trace(request)
+        trace = RequestTrace(request)
         rows = Rows(request)
         generation, long_input, split = self._search(parameters_of(request))
         scored = "SCORE" in request.requested_output_names()
@@ -144,7 +144,9 @@ class TranslationBackend:
 class _Client:
     """The client of one Triton request."""
 
-    def __init__(self, request: Any, rows: Rows, jobs: Sequence[Job], translator: Translator, trace: Trace) -> None:
+    def __init__(
+        self, request: Any, rows: Rows, jobs: Sequence[Job], translator: Translator, trace: RequestTrace
+    ) -> None:
         self.trace = trace
         self._jobs, self._translator = jobs, translator
         self._request = request

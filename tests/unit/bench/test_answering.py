@@ -14,7 +14,7 @@ from paths import ROOT
 from tiny_answerer import CONTEXT, FAMILIES, WORDS, write_checkpoint
 
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
-from deploykit.tasks.question_answering.rows import Answers, Example
+from deploykit.tasks.question_answering.rows import Example, RightAnswers
 from deploykit.tasks.question_answering.training import label_windows
 
 
@@ -33,7 +33,7 @@ def test_the_plain_trainer_sees_the_same_windows_and_labels(
     contexts = [f"{CONTEXT} {' '.join(WORDS[:60])} w77", "w1 w2 w3", " ".join(WORDS[100:190])]
     answers = ["steht dort", "w2 w3", "w150"]
     examples = [
-        Example(f"w{i} ?", context, Answers((answer,), (context.index(answer),)), str(i), "")
+        Example(f"w{i} ?", context, RightAnswers((answer,), (context.index(answer),)), str(i), "")
         for i, (context, answer) in enumerate(zip(contexts, answers, strict=True))
     ]
     rows = [json.loads(json.dumps({"question": e.question, "context": e.context, "answers": vars(e.answers)}))

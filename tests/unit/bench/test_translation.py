@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from deploykit.bench.alone import measure_alone
 from deploykit.bench.load import measure
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
 from deploykit.bench.scenarios import ClosedLoop
+from deploykit.bench.separate_process import measure_alone
 from deploykit.cli import main
 from deploykit.errors import UsageError
 from deploykit.report.pages import write_report

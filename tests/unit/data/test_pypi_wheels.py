@@ -10,7 +10,7 @@ import pytest
 
 from deploykit.data.pypi_archives import Sdist, Wheel, fetch
 from deploykit.errors import DeploykitError
-from deploykit.tasks.text_generation.command_sheets import CHEAT, EG
+from deploykit.tasks.text_generation.cheat_sheets import CHEAT, EG
 from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 

@@ -19,7 +19,7 @@ from deploykit.inspection.page import write_text_report
 from deploykit.inspection.reliability import calibration
 from deploykit.inspection.rows import new_texts, read_columns, seen_keys
 from deploykit.inspection.slices import common_slices, sliced
-from deploykit.inspection.worst import MOST, worst_rows
+from deploykit.inspection.worst_rows import MOST, worst_rows
 
 ROWS = 120
 TEXTS = [f"text number {i}" + " more" * (i % 3) for i in range(ROWS)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from deploykit.stages.finetune_options import make_options
-from deploykit.training.recipe import Choice, recipe_lines, recipe_of
+from deploykit.training.recipe import ChosenValue, recipe_lines, recipe_of
 
 
 def test_it_says_what_is_given_chosen_preset_or_a_default() -> None:
     given = make_options({"model": "m", "train": "x", "num_train_epochs": 2.0, "learning_rate": 1e-3})
-    assert list(recipe_lines(recipe_of(given, {"warmup_ratio": Choice(0.1, "it settles")})))[:4] == [
+    assert list(recipe_lines(recipe_of(given, {"warmup_ratio": ChosenValue(0.1, "it settles")})))[:4] == [
         "recipe:",
         "  learning rate  0.001    given",
         "  epochs         2        given",

@@ -13,7 +13,7 @@ import translators
 from transformers import AutoModelForSequenceClassification, GenerationConfig, ModernBertConfig
 
 from deploykit.errors import UsageError
-from deploykit.training.last_end import read_last_end
+from deploykit.training.last_end_token import read_last_end
 from deploykit.training.student import keep_layers
 
 

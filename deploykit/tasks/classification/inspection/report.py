@@ -12,6 +12,7 @@ from deploykit.data.reading import Reading
 from deploykit.errors import DataError
 from deploykit.inspection.drift import drift
 from deploykit.inspection.rows import new_texts, read_columns
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.classification.augment import robustness
 from deploykit.tasks.classification.evaluate import answer_rows, evaluation, labelled_rows
 from deploykit.tasks.classification.facts import Classification
@@ -21,7 +22,6 @@ from deploykit.tasks.classification.inspection.groups import group_gaps
 from deploykit.tasks.classification.inspection.label_errors import likely_label_errors, tied_words
 from deploykit.tasks.classification.inspection.slices import sliced_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
-from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.registry import get_task
 from deploykit.tasks.types import ReportOptions

@@ -16,8 +16,8 @@ from deploykit.data.grouping import group_key
 from deploykit.errors import DataError, UsageError
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
-from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
+from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 from token_classification.checkpoint import TorchTagger

@@ -21,7 +21,7 @@ from deploykit.tasks.question_answering.metrics import (
     normalized,
 )
 from deploykit.tasks.question_answering.metrics_text import metrics_text
-from deploykit.tasks.question_answering.rows import Answers, Example
+from deploykit.tasks.question_answering.rows import Example, RightAnswers
 from deploykit.tasks.question_answering.spans import Found, Span
 
 TASK = QuestionAnswering(64, 8, 0)
@@ -55,7 +55,7 @@ def _found(text: str, none: float) -> Found:
 
 
 def _example(*answers: str) -> Example:
-    return Example("q", "c", Answers(answers, (0,) * len(answers)), "", "")
+    return Example("q", "c", RightAnswers(answers, (0,) * len(answers)), "", "")
 
 
 def test_metrics_take_the_best_of_several_right_answers() -> None:

@@ -15,7 +15,7 @@ from paths import SHARED
 
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.question_answering.clean import clean
-from deploykit.tasks.question_answering.rows import Answers, Example, RawRow, read_rows
+from deploykit.tasks.question_answering.rows import Example, RawRow, RightAnswers, read_rows
 from deploykit.tasks.question_answering.split import drop_leaks, split, take
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
@@ -61,7 +61,7 @@ def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tm
         assert [(e.id, e.question, e.context) for e in found] == [(r["id"], r["question"], context) for r in rows], path
         assert found[0].answers.text[0] == "Rome"
         assert found[0].answers.answer_start[0] == 13
-        assert found[1].answers == Answers()
+        assert found[1].answers == RightAnswers()
         assert len(found[0].answers.text) == (1 if path.suffix == ".csv" else 2)
 
 
@@ -92,7 +92,7 @@ def _hub_rows(split: str, count: int) -> Any:
 
 def _check_hub_rows(found: list[Example], count: int) -> None:
     assert [e.id for e in found] == [f"train-{i}" for i in range(count)]
-    assert [e.answers for e in found[:3]] == [Answers(("Rome",), (13,))] * 2 + [Answers()]
+    assert [e.answers for e in found[:3]] == [RightAnswers(("Rome",), (13,))] * 2 + [RightAnswers()]
 
 
 def test_rows_of_the_hubs_squad_are_read_whole_from_what_a_user_may_have(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_places_are_code_points(context: str, answer: str, tmp_path: Path) -> No
     ):
         (example,) = _examples(path)
         assert example.context == context
-        assert example.answers == Answers((answer,), (start,))
+        assert example.answers == RightAnswers((answer,), (start,))
 
 
 def _qa(question: str, text: str, start: int | None, **more: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_unusable_rows_are_dropped_and_counted_and_control_characters_keep_place
     )  # fmt: skip
     by_question = {e.question: e for e in examples}
     assert by_question["nul"].context == "a b \ufffd answer"
-    assert by_question["Twice?"].answers == Answers(("one", "two"), (0, 4))
+    assert by_question["Twice?"].answers == RightAnswers(("one", "two"), (0, 4))
     assert by_question["html"].answers.answer_start == (3,)
     assert (report.missing_text, report.empty_text, report.unicode_repaired) == (2, 2, 1)
     assert (report.duplicates, report.conflicting_duplicates, report.rows_kept) == (2, 2, 3)
@@ -315,10 +315,10 @@ def test_a_row_of_a_table_may_say_that_there_is_no_answer(tmp_path: Path) -> Non
     context = "Ann lives in Rome."
     plausible = {"question": "q", "context": context, "is_impossible": True, "answers": ["Rome"]}
     table = f"question,context,answer,answers,is_impossible\nq,{context},Rome,,True\nr,{context},Rome,,false\ns,{context},Rome,,\n"
-    assert _examples(_write(tmp_path / "rows.json", [plausible]))[0].answers == Answers()
-    assert _examples(_write(tmp_path / "only.json", [{**plausible, "answers": None}]))[0].answers == Answers()
+    assert _examples(_write(tmp_path / "rows.json", [plausible]))[0].answers == RightAnswers()
+    assert _examples(_write(tmp_path / "only.json", [{**plausible, "answers": None}]))[0].answers == RightAnswers()
     none = {"question": "q", "context": context, "answers": [], "answer_start": -1}
-    assert _examples(_write(tmp_path / "none.json", [none]))[0].answers == Answers()
+    assert _examples(_write(tmp_path / "none.json", [none]))[0].answers == RightAnswers()
     found = _examples(_write(tmp_path / "rows.csv", table))
     assert [e.answers.text for e in found] == [(), ("Rome",), ("Rome",)]
 
@@ -338,7 +338,7 @@ def test_rows_of_one_id_are_rows_of_their_own(tmp_path: Path) -> None:
 
 
 def _example(context: str, question: str) -> Example:
-    return Example(question, context, Answers(("x",), (0,)), question, question)
+    return Example(question, context, RightAnswers(("x",), (0,)), question, question)
 
 
 def test_no_context_is_in_two_splits_and_order_does_not_matter() -> None:

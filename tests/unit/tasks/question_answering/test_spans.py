@@ -187,12 +187,12 @@ def test_byte_level_offsets_after_a_split_at_white_space_keep_the_first_letter()
 
 
 def test_a_label_is_the_place_of_the_answer_or_the_first_token(answerer_of: Callable[[str], TorchAnswerer]) -> None:
-    from deploykit.tasks.question_answering.rows import Answers, Example
+    from deploykit.tasks.question_answering.rows import Example, RightAnswers
 
     own = answerer_of("bert").tokenizer
     words = [WORDS[i] for i in range(120)]
     context = " ".join(words)
-    example = Example("w199 ?", context, Answers(("w70 w71",), (context.index("w70 w71"),)), "1", "1")
+    example = Example("w199 ?", context, RightAnswers(("w70 w71",), (context.index("w70 w71"),)), "1", "1")
     labelled = label_windows(own, [example])
     ids = own.question("w70 w71")
     whole = [

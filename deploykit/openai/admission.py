@@ -15,8 +15,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploykit.openai.answers import cancel, event
 from deploykit.openai.calls import SCOPE, AccessLog, Call
+from deploykit.openai.collect_answers import cancel, event
 from deploykit.openai.errors import ApiError
 from deploykit.openai.limits import Caller, Keys
 from deploykit.openai.metrics import PortMetrics
@@ -49,7 +49,7 @@ def is_kserve(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-class Front:
+class Admission:
     """Pass requests on to ``app`` that ``keys`` admit, count them in ``metrics`` and write them to ``log``.
 
     The routes of health need no key.

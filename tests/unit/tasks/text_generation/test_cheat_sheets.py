@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploykit.tasks.text_generation.command_sheets import comment_pairs, sentence_pairs
+from deploykit.tasks.text_generation.cheat_sheets import comment_pairs, sentence_pairs
 
 
 def test_a_comment_and_one_line_of_code_are_a_pair() -> None:

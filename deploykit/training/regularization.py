@@ -63,7 +63,7 @@ def optimizers(model: Any, options: FinetuneOptions) -> tuple[Any, None]:
     return torch.optim.AdamW(settings, lr=options.learning_rate), None
 
 
-def lever_callbacks(options: FinetuneOptions) -> list[Any]:
+def regularization_callbacks(options: FinetuneOptions) -> list[Any]:
     """Return the callbacks for the given options."""
     found: list[Any] = []
     if options.freeze_layers or options.gradual_unfreezing:

@@ -22,7 +22,7 @@ _ANSWERED = "deploykit: the first text is answered"
 
 
 @dataclass(frozen=True)
-class Alone:
+class ProcessMeasurement:
     """A measurement. ``first_answer_s`` counts from the start of Python, with files in the page cache; memory is in 1e6
     bytes."""
 
@@ -30,7 +30,7 @@ class Alone:
     first_answer_s: float
 
 
-def measure_alone(words: Sequence[str], job: Mapping[str, Any], texts: Sequence[str]) -> Alone | None:
+def measure_alone(words: Sequence[str], job: Mapping[str, Any], texts: Sequence[str]) -> ProcessMeasurement | None:
     """Run Python with the arguments ``words``, whose program calls ``answer_alone``. Returns None if that fails.
 
     The program gets ``job`` (plain JSON) and answers up to 256 of ``texts``: first one, then 64 at a time.
@@ -49,7 +49,7 @@ def measure_alone(words: Sequence[str], job: Mapping[str, Any], texts: Sequence[
             if line.strip() == _ANSWERED:
                 first = time.perf_counter() - started
             last = line
-    return Alone(float(last), first) if child.returncode == 0 and first is not None else None
+    return ProcessMeasurement(float(last), first) if child.returncode == 0 and first is not None else None
 
 
 def answer_alone(open_job: Callable[[Mapping[str, Any]], tuple[Predictor, Generation | None]]) -> None:

@@ -12,7 +12,7 @@ from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.spans import Span
 
 
-def answers(predictor: TextAnswerer, texts: Sequence[str], top_k: int | None = None) -> list[Answer]:
+def answer_texts(predictor: TextAnswerer, texts: Sequence[str], top_k: int | None = None) -> list[Answer]:
     """Return ``answer``, ``start``, ``end`` and ``score`` for each text that ``as_text`` made.
 
     If ``top_k`` is more than 1 also ``answers``, best first, each with position and score. Raises DataError for any

@@ -3,8 +3,8 @@ import logging
 import pytest
 
 from deploykit.errors import DataError
-from deploykit.tasks.classification.doubts import label_doubts, refuse_lone_labels
 from deploykit.tasks.classification.rows import load_examples
+from deploykit.tasks.classification.unusual_labels import label_doubts, refuse_lone_labels
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.losses import divergence, summed_loss
 from deploykit.tasks.classification.options import ClassificationOptions
-from deploykit.training.levers import count_layers, depth_of, lever_callbacks, optimizers
+from deploykit.training.regularization import count_layers, depth_of, optimizers, regularization_callbacks
 
 OPTIONS = ClassificationOptions(model="m", train="x.csv", learning_rate=1e-2, weight_decay=0.0)
 TASK = Classification(("a", "b"), 8, 0)
@@ -45,7 +45,7 @@ def _train(model: Any, tmp_path: Path, steps: int = 3, **levers: Any) -> dict[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trainer(
-            model=model, train_dataset=rows, callbacks=lever_callbacks(options), optimizers=optimizers(model, options),
+            model=model, train_dataset=rows, callbacks=regularization_callbacks(options), optimizers=optimizers(model, options),
             args=TrainingArguments(
                 output_dir=str(tmp_path / "out"), max_steps=steps, learning_rate=options.learning_rate, use_cpu=True,
                 weight_decay=0.0, lr_scheduler_type="constant", report_to="none", save_strategy="no", disable_tqdm=True,
@@ -82,7 +82,7 @@ def test_frozen_layers_stay_as_they_are(model: Any, tmp_path: Path) -> None:
 
 
 def test_layers_are_unfrozen_from_the_top(model: Any) -> None:
-    (callback,) = lever_callbacks(dataclasses.replace(OPTIONS, gradual_unfreezing=0.5))
+    (callback,) = regularization_callbacks(dataclasses.replace(OPTIONS, gradual_unfreezing=0.5))
     state = SimpleNamespace(global_step=0, max_steps=60)
     callback.on_train_begin(None, state, None, model=model)
     learning = []
@@ -179,7 +179,7 @@ def test_averages_are_evaluated_kept_and_continued(
     def train(model: Any, folder: str, stop: int | None = None, resume: bool = False) -> _Recorder:
         recorder = _Recorder()
         # The recorder comes first, so that it sees the weights of the step.
-        callbacks = [recorder, *lever_callbacks(dataclasses.replace(OPTIONS, **levers))]
+        callbacks = [recorder, *regularization_callbacks(dataclasses.replace(OPTIONS, **levers))]
 
         def measure(prediction: Any) -> dict[str, float]:
             recorder.evaluated.append(_head(trainer.model))
@@ -343,7 +343,7 @@ def test_dropouts_go_by_the_names_of_the_configuration() -> None:
 
 
 def test_an_average_that_was_not_saved_before_a_kill_is_missed(tmp_path: Path) -> None:
-    (averaging,) = lever_callbacks(dataclasses.replace(OPTIONS, ema_decay=0.9))
+    (averaging,) = regularization_callbacks(dataclasses.replace(OPTIONS, ema_decay=0.9))
     state, arguments = SimpleNamespace(global_step=4), SimpleNamespace(output_dir=str(tmp_path))
     with pytest.raises(ArtifactError, match="checkpoint-4: has no average of the weights"):
         averaging.on_train_begin(arguments, state, None, model=torch.nn.Linear(1, 1))

@@ -9,7 +9,7 @@ from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.protocol import Answer
 
 
-def answers(predictor: TextClassifier, texts: Sequence[str]) -> list[Answer]:
+def answer_texts(predictor: TextClassifier, texts: Sequence[str]) -> list[Answer]:
     """Return for each text the label, its ``score`` (multi-label: the highest of any label) and the ``scores`` of all."""
     scores = predictor.scores(texts)
     names = predictor.task.labels
