@@ -132,7 +132,7 @@ def tool_choice(value: Any, named: type[Body]) -> Any:
 
     Raises ValueError for any other value, because pydantic would name the faults of each alternative.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict | named):
         return named.model_validate(value)
     if value not in ("none", "auto", "required"):
         raise ValueError('the value should be "none", "auto", "required", or an object with a function\'s name')

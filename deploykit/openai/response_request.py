@@ -19,7 +19,9 @@ from deploykit.openai.chat_request import (
     Function,
     FunctionName,
     NamedFunction,
+    NamedTool,
     OfFunction,
+    Tool,
     joined_parts,
     tool_choice,
 )
@@ -182,9 +184,9 @@ class ResponseBody(WithoutEffect):
             "logprobs": _LOGPROBS in self.include or self.top_logprobs is not None,
             "top_logprobs": self.top_logprobs,
             "response_format": self._format(),
-            "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
-            or None,
-            "tool_choice": {"type": "function", "function": {"name": self.tool_choice.name}}
+            # pydantic does not validate models again. Messages are new ones: 50 µs for 20.
+            "tools": [Tool.model_construct(type="function", function=tool) for tool in self.tools] or None,
+            "tool_choice": NamedTool.model_construct(type="function", function=self.tool_choice)
             if isinstance(self.tool_choice, NamedFunctionTool)
             else self.tool_choice,
             "parallel_tool_calls": self.parallel_tool_calls,
