@@ -1,4 +1,8 @@
-"""Bootstrap 95 % intervals of metrics over rows (Efron and Tibshirani, 1993), and of the difference of two models."""
+"""Bootstrap 95 % intervals of metrics over rows (Efron and Tibshirani, 1993), and of the difference of two models.
+
+scipy.stats.bootstrap resamples the rows themselves. As functions of the rows' weights, most metrics of all resamples are one
+matrix product; and serving machines have no scipy.
+"""
 
 from __future__ import annotations
 

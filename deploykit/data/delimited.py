@@ -1,7 +1,8 @@
 """Read delimited text (CSV, TSV): find the layout from the data, then stream the rows.
 
 A quote may enclose a field (as in RFC 4180) or be an ordinary character (in many TSV files). If it is misread, one
-quote swallows all rows up to the next one. So the whole file is scanned before the first row is returned.
+quote swallows all rows up to the next one. So the whole file is scanned before the first row is returned. csv.Sniffer reads a
+sample, and always takes quotes to enclose fields.
 """
 
 from __future__ import annotations

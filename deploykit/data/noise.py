@@ -1,4 +1,7 @@
-"""Add noise to texts, as people and keyboards do: typos, another case, other punctuation, words swapped or lost."""
+"""Add noise to texts, as people and keyboards do: typos, another case, other punctuation, words swapped or lost.
+
+nlpaug does this too; its last release is of 2022.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Write a transformer's ONNX nodes one by one: the part common to all runtimes.
 
 Subclasses (``onnxruntime_writer``, ``standard_writer``) write attention, activations and INT8 for their runtime.
+torch.onnx writes the operations of transformers' modules: neither contrib operators nor caches that a step writes to in place.
 """
 
 from __future__ import annotations

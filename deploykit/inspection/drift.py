@@ -1,4 +1,7 @@
-"""Compare new rows with measured ones: lengths, words, and other properties that a task compares."""
+"""Compare new rows with measured ones: lengths, words, and other properties that a task compares.
+
+The Kolmogorov-Smirnov test is that of scipy.stats.ks_2samp; serving machines, where models are evaluated too, have no scipy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Measure how often answers of each confidence are right."""
+"""Measure how often answers of each confidence are right.
+
+scikit-learn's calibration_curve has no error of calibration and no interval.
+"""
 
 from __future__ import annotations
 

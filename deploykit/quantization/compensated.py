@@ -1,7 +1,7 @@
 """Round weights to INT8 or INT4 such that a layer's errors compensate each other on real inputs (GPTQ; Frantar et al., ICLR 2023).
 
 Weights of a linear layer are rounded input by input. The change that rounding makes in the layer's output is compensated by the
-weights of the inputs that have not been rounded yet.
+weights of the inputs that have not been rounded yet. ONNX Runtime's GPTQ writes MatMulNBits, which only its own engine reads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Only linear layers (MatMul and Gemm with a constant weight) are quantized. Activations are static and per tensor, so
 that a row's answer does not depend on its batch. Weights are symmetric, per output channel. Embedding tables become
-INT8 with one scale per row.
+INT8 with one scale per row; ONNX Runtime's quantize_static gives a table one scale.
 
 Source: ONNX operator specification, QuantizeLinear/DequantizeLinear (opset 13 and later).
 """

@@ -1,7 +1,7 @@
 """Sample the next token of an answer with numpy, with the options of a request.
 
 The order of the rules is that of Hugging Face's ``generate``: logit bias, penalties, tokens that cannot come next, and
-the rules of ``token_distribution``.
+the rules of ``token_distribution``. transformers' own need torch.
 """
 
 from __future__ import annotations

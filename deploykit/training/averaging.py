@@ -1,4 +1,7 @@
-"""Averages of the weights over the steps of a run."""
+"""Averages of the weights over the steps of a run.
+
+torch's AveragedModel keeps a copy of the whole model, which Trainer does not save with its checkpoints.
+"""
 
 from __future__ import annotations
 

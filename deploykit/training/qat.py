@@ -3,6 +3,7 @@
 Inputs of linear layers are rounded to symmetric S8 with one scale per tensor, their weights with one per output channel,
 and gradients pass through rounding unchanged. Scales of inputs start at the calibrated values and are
 learned; those of weights follow the weights, as at export. Embeddings that the export stores in INT8 are rounded too.
+torchao learns such scales only in a prototype; torch.ao.quantization, which is deprecated, in a private class.
 
 Source: Esser et al., "Learned Step Size Quantization", ICLR 2020 (gradients of scales); Jain et al., "Trained
 Quantization Thresholds", MLSys 2020 (scales are learned by their logarithm).

@@ -1,5 +1,7 @@
 """Read a server's metrics, and compute what its models did between two readings.
 
+prometheus_client, which has a parser, is installed with servers only; ``deploykit top`` also runs elsewhere.
+
 Source: Prometheus, "Exposition formats"; Triton, "Metrics".
 """
 

@@ -1,4 +1,7 @@
-"""Parse language codes of every convention, and tell a text's language by its letters and function words."""
+"""Parse language codes of every convention, and tell a text's language by its letters and function words.
+
+langcodes reads most codes, but neither names (French) nor sr@latin, and has no letters and function words.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ Sentence ends are found by punctuation only, in many scripts and without knowing
 white space, except after abbreviations and initials and before small letters; after 。 ！ ？ । and similar marks anywhere;
 at every line break. In doubt a sentence continues: a missed end costs little, because a long sentence is split at its
 clauses, while a false end breaks a sentence.
+
+Neither sentencex nor pysbd splits a sentence that is too long, which takes the same marks. sentencex ends a sentence within
+「行く。」と言った。, and pysbd needs the language and knows 23.
 """
 
 from __future__ import annotations

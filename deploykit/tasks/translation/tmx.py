@@ -1,6 +1,6 @@
 """Stream the translation units of a TMX file.
 
-TMX 1.4b: https://www.gala-global.org/tmx-14b. Only one unit is in memory at a time.
+TMX 1.4b: https://www.gala-global.org/tmx-14b. Only one unit is in memory at a time; translate-toolkit parses whole files.
 """
 
 from __future__ import annotations
