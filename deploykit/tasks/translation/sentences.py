@@ -158,8 +158,8 @@ def _is_abbreviation(text: str, start: int, stop: int, first: str) -> bool:
     word = match[0].lower()
     if "." in word or word in _ABBREVIATIONS or (word in _BEFORE_NUMBERS and first.isdigit()):
         return True
-    if len(word) == 1 and match[0].isupper():
-        return True  # an initial
+    if len(word) == 1 and word.isalpha() and text[max(start, stop - 2)] not in "'’":
+        return True  # an initial, or part of an abbreviation (z. B.), but not the end of "St. Mary's."
     # "1. First point": the number begins the sentence.
     return word.isdigit() and not text[start : stop - len(word)].strip(_OPENERS)
 

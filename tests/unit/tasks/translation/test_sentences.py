@@ -77,6 +77,7 @@ def test_a_text_that_fits_is_unchanged() -> None:
         ["“Go!”", "(He went.)", "[He came.]", "'Why?'", "«Да.»", "„Nein.“", "Done."],
         ["Il dit : « Bonjour ! »", "Puis il part.", "»Hallo«, sagte er.", "»Nein.«", "M. Dupont rit."],
         ["Das ist z.B. gut, d.h. ca. 5 km.", "Nr. 7 lebt.", "¿Qué?", "¡Sí!", "El Sr. Gil no."],
+        ["Das gilt z. B. Montags, d. h. Oft.", "So u. a. Berlin.", "Ja."],
         ["1. First point.", "2. Second point.", "(3. Third.)"],
         ["Он ушёл.", "Это т.е. так.", "Γεια σου.", "Τέλος!", "שלום.", "מה?"],
         ["كيف حالك؟", "أنا بخير.", "یہ اچھا ہے۔", "ہاں۔"],
