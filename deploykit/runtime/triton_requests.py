@@ -75,46 +75,39 @@ class Rows:
         join: Callable[[str, str], str] = "{}{}".format,
     ) -> None:
         self._name = name
-        found = _texts(request, name)
+        self._texts, self.errors = _texts(request, name)
         if pair:
-            others = _texts(request, pair)
-            if len(others) != len(found):
-                raise RefusedError(f"{name} has {len(found)} rows and {pair} {len(others)}")
-            found = [(join(text, other), one or two) for (text, one), (other, two) in zip(found, others)]
-        self._texts = [text for text, _ in found]
-        self.errors = [error for _, error in found]
-        self._require_one()
-
-    @property
-    def good(self) -> list[int]:
-        """Numbers of the rows without an error."""
-        return [row for row, error in enumerate(self.errors) if not error]
-
-    @property
-    def texts(self) -> list[str]:
-        """Texts of the rows without an error."""
-        return [self._texts[row] for row in self.good]
+            others, errors = _texts(request, pair)
+            if len(others) != len(self._texts):
+                raise RefusedError(f"{name} has {len(self._texts)} rows and {pair} {len(others)}")
+            self._texts = [join(text, other) for text, other in zip(self._texts, others)]
+            self.errors = [one or two for one, two in zip(self.errors, errors)]
+        self._choose()
 
     def fail(self, errors: Mapping[int, str]) -> None:
         """Set errors found later, by row number."""
         for row, error in errors.items():
             self.errors[row] = error
-        self._require_one()
+        self._choose()
 
-    def _require_one(self) -> None:
+    def _choose(self) -> None:
+        self.good = [row for row, error in enumerate(self.errors) if not error]
+        """Numbers of the rows without an error."""
+        self.texts = [self._texts[row] for row in self.good]
+        """Texts of the rows without an error."""
         if not self.good:
             raise RefusedError(
                 f"row 0 of {self._name}: {self.errors[0]}" if self.errors else f"{self._name} has no rows"
             )
 
 
-def _texts(request: Any, name: str) -> list[tuple[str, str]]:
-    """Return the texts of an input, each with "" or why it is refused. Raises RefusedError for a request without the input."""
+def _texts(request: Any, name: str) -> tuple[list[str], list[str]]:
+    """Return the texts of an input, and for each "" or why it is refused. Raises RefusedError for a request without the input."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         raise RefusedError(f"the input {name} is missing")
-    found = []
-    for value in tensor.as_numpy().reshape(-1):
+    texts, errors = [], []
+    for value in tensor.as_numpy().reshape(-1).tolist():
         text = error = ""
         try:
             text = value.decode()
@@ -122,22 +115,29 @@ def _texts(request: Any, name: str) -> list[tuple[str, str]]:
                 error = f"the text has {len(text)} characters, the maximum is {MAX_TEXT_CHARS}"
         except UnicodeDecodeError as fault:
             error = f"the text is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
-        found.append((text, error))
-    return found
+        texts.append(text)
+        errors.append(error)
+    return texts, errors
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
     """Return the request parameters that the client sent. Raises RefusedError if they are not UTF-8."""
     try:
-        given: dict[str, Any] = json.loads(request.parameters() or "{}")
+        text = request.parameters()
     except UnicodeDecodeError as fault:
         raise RefusedError(f"the name or the text of a parameter is not UTF-8: {fault.reason}") from None
+    given: dict[str, Any] = json.loads(text) if text not in ("", "{}") else {}
     return given
 
 
 def strings(name: str, values: Iterable[str]) -> Any:
     """Return an output tensor with one string per row."""
     return pb_utils.Tensor(name, np.array([[value.encode()] for value in values], np.object_))
+
+
+def repeated(name: str, value: str, rows: int) -> Any:
+    """Return an output tensor with the same string in each of ``rows``."""
+    return strings(name, [value] * rows)
 
 
 def numbers(name: str, values: Iterable[float], dtype: type[np.generic]) -> Any:

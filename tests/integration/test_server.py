@@ -264,6 +264,22 @@ def test_200_concurrent_mixed_requests_are_answered_right(server: TritonServer, 
             np.testing.assert_array_equal(np.float32(outputs(answer)["SCORES"]).reshape(rows.shape), rows)
 
 
+def test_requests_of_one_text_get_their_own_label_scores_and_error(
+    server: TritonServer, tiny_export: Path, expected: np.ndarray[Any, Any]
+) -> None:
+    """Their answers share tensors with earlier answers, and those of one batch with each other."""
+    labels = load_manifest(tiny_export).task.decide(expected)
+    outputs_asked = [{"name": name} for name in ("LABEL", "SCORES", "ERROR")]
+    with ThreadPoolExecutor(32) as pool:
+        for _ in range(5):
+            asked = [body([text], outputs=outputs_asked) for text in TEXTS]
+            for i, (status, answer) in enumerate(pool.map(lambda content: post(server, content), asked)):
+                assert status == 200
+                assert outputs(answer)["LABEL"] == [labels[i]]
+                assert outputs(answer)["ERROR"] == [""]
+                np.testing.assert_array_equal(np.float32(outputs(answer)["SCORES"]), expected[i])
+
+
 def test_only_the_supervisor_may_unload_models(server: TritonServer) -> None:
     connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"))
     for path in ("/v2/repository/models/tiny/unload", "/v2/repository/index", "/v2/systemsharedmemory/status"):

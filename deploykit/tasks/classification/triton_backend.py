@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from deploykit.runtime.triton_requests import (
     cpu_threads,
     number_parameter,
     parameters_of,
+    repeated,
     strings,
 )
 from deploykit.tasks.classification.facts import Classification, as_text
@@ -31,6 +35,16 @@ from deploykit.tasks.classification.predictor import load_classifier
 
 _SHORT_CHARS = 1000
 """Requests with fewer characters are run even if they are cancelled: asking Triton costs a sixth of the server's share of them."""
+
+_KEPT_TENSORS = 256
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores, float32 [texts, labels], and labels of a request's texts."""
+
+    scores: NDArray[np.float32]
+    labels: list[str]
 
 
 class ClassificationBackend:
@@ -52,6 +66,8 @@ class ClassificationBackend:
             folder, task, engine, token_budget=number_parameter(config, "token_budget", 0)
         )
         self._labels = np.array([label.encode() for label in task.labels], np.object_)
+        # Answers share tensors: making one, and copying it to the memory shared with Triton, takes longer than finding it here.
+        self._repeated = lru_cache(_KEPT_TENSORS)(repeated)
         # Short, middling and longest texts: engines compile kernels when they first meet a shape.
         for words in (1, task.max_length // 4, task.max_length):
             self._classifier.scores([as_text("a " * words, "a") if task.pair else "a " * words])
@@ -68,40 +84,42 @@ class ClassificationBackend:
                 accepted.append((i, rows, self._top_k(request)))
             except RefusedError as refusal:
                 responses[i] = refusal.response()
-        answers = self._scores([rows.texts for _, rows, _ in accepted])
-        for (i, rows, top_k), scores in zip(accepted, answers):
-            if isinstance(scores, DataError):
+        for (i, rows, top_k), found in zip(accepted, self._found([rows.texts for _, rows, _ in accepted])):
+            if isinstance(found, DataError):
                 try:
-                    scores = self._scores_alone(rows)
+                    found = self._found_alone(rows)
                 except RefusedError as refusal:
-                    scores = refusal
-            if isinstance(scores, RefusedError):
-                responses[i] = scores.response()
+                    found = refusal
+            if isinstance(found, RefusedError):
+                responses[i] = found.response()
             else:
-                responses[i] = self._answer(rows, scores, top_k, requests[i].requested_output_names())
+                responses[i] = self._answer(rows, found, top_k, requests[i].requested_output_names())
         return responses
 
     def close(self) -> None:
-        """Do nothing: no request outlives its ``execute``."""
+        """Free the kept tensors. No request outlives its ``execute``."""
+        self._repeated.cache_clear()
 
     def _rows(self, request: Any) -> Rows:
         return Rows(request, pair="TEXT_PAIR", join=as_text) if self._classifier.task.pair else Rows(request)
 
-    def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError | DataError]:
-        """Return scores of each request's texts, in one run; if that fails, run each request separately."""
+    def _found(self, groups: list[list[str]]) -> Sequence[_Found | RefusedError | DataError]:
+        """Classify each request's texts, in one run; if that fails, run each request separately."""
         try:
             scores = self._classifier.scores([text for group in groups for text in group])
         except Exception as error:
             if len(groups) > 1:
-                return [answer for group in groups for answer in self._scores([group])]
+                return [answer for group in groups for answer in self._found([group])]
             if isinstance(error, DataError):
                 return [error]
             pb_utils.Logger.log_error(traceback.format_exc())  # for the operator, not for clients
             return [FailedError(error)]
-        return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
+        labels = self._classifier.task.decide(scores)
+        ends = list(itertools.accumulate(map(len, groups)))
+        return [_Found(scores[begin:end], labels[begin:end]) for begin, end in zip([0, *ends], ends)]
 
-    def _scores_alone(self, rows: Rows) -> NDArray[np.float32]:
-        """Return scores of the texts that can be classified; other rows get their errors. Raises RefusedError if no text has scores."""
+    def _found_alone(self, rows: Rows) -> _Found:
+        """Classify the texts that can be classified; other rows get their errors. Raises RefusedError if no text can."""
         errors: dict[int, str] = {}
         found = []
         for row, text in zip(rows.good, rows.texts):
@@ -110,7 +128,7 @@ class ClassificationBackend:
             except DataError as error:
                 errors[row] = error.message
         rows.fail(errors)
-        return np.array(found)
+        return _Found(np.array(found), self._classifier.task.decide(np.array(found)))
 
     def _top_k(self, request: Any) -> int:
         """Return the request parameter ``top_k``; absent or above their number, all labels."""
@@ -119,26 +137,26 @@ class ClassificationBackend:
             raise RefusedError(f"parameter top_k must be an integer from 1, not {given!r}")
         return min(given, len(self._labels))
 
-    def _answer(self, rows: Rows, scores: NDArray[np.float32], top_k: int, wanted: Sequence[str]) -> Any:
-        good = rows.good
-        all_scores = np.zeros((len(rows.errors), len(self._labels)), np.float32)
-        all_scores[good] = scores
+    def _answer(self, rows: Rows, found: _Found, top_k: int, wanted: Collection[str]) -> Any:
+        size, scores, labels = len(rows.errors), found.scores, found.labels
+        if len(rows.good) < size:
+            scores, labels = np.zeros((size, len(self._labels)), np.float32), [""] * size
+            scores[rows.good] = found.scores
+            for row, label in zip(rows.good, found.labels):
+                labels[row] = label
         outputs = []
         if "LABEL" in wanted:
-            labels = [""] * len(rows.errors)
-            for row, label in zip(good, self._classifier.task.decide(scores)):
-                labels[row] = label
-            outputs.append(strings("LABEL", labels))
+            outputs.append(self._repeated("LABEL", labels[0], 1) if size == 1 else strings("LABEL", labels))
         if "SCORES" in wanted:
-            outputs.append(pb_utils.Tensor("SCORES", all_scores))
+            outputs.append(pb_utils.Tensor("SCORES", scores))
         if "ERROR" in wanted:
-            outputs.append(strings("ERROR", rows.errors))
+            outputs.append(strings("ERROR", rows.errors) if any(rows.errors) else self._repeated("ERROR", "", size))
         if "TOP_LABELS" in wanted or "TOP_SCORES" in wanted:
-            order = np.argsort(-all_scores, axis=1, kind="stable")[:, :top_k]
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
             top_labels = self._labels[order]
             top_labels[[row for row, error in enumerate(rows.errors) if error]] = b""
             if "TOP_LABELS" in wanted:
                 outputs.append(pb_utils.Tensor("TOP_LABELS", top_labels))
             if "TOP_SCORES" in wanted:
-                outputs.append(pb_utils.Tensor("TOP_SCORES", np.take_along_axis(all_scores, order, axis=1)))
+                outputs.append(pb_utils.Tensor("TOP_SCORES", np.take_along_axis(scores, order, axis=1)))
         return pb_utils.InferenceResponse(outputs)
