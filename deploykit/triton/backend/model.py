@@ -10,6 +10,7 @@ Source: Triton Python backend README, "Python-based backends".
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import locale
@@ -88,6 +89,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"{folder}: cannot be loaded: {first_line(error)}\n  remedy: package the model again"
             ) from None
+        gc.collect()
+        gc.freeze()  # garbage collections while requests wait need not look through the loaded model
 
     def execute(self, requests: Sequence[Any]) -> Any:
         self._cpu.report()
