@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ import numpy as np
 from deploykit.bootstrap import Measure, differences, intervals
 from deploykit.errors import ExportError
 from deploykit.metric_titles import POINTS, points_of, title_of
+
+_BROKEN = 1e9
+"""Points lost by a form whose metric is no number. Finite, so that a search may continue and JSON can hold it."""
 
 
 class _Rows(Protocol):
@@ -117,7 +121,8 @@ class Grader(ABC, Generic[Raw]):
     def drop(self, line: Line) -> float:
         """Return the points lost against the checkpoint, in the metric that loses most."""
         reference = self.table[0].judged
-        return max(points_of(name) * (reference[name] - value) for name, value in line.judged.items())
+        drops = [points_of(name) * (reference[name] - value) for name, value in line.judged.items()]
+        return max(drop if math.isfinite(drop) else _BROKEN for drop in drops)
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
         """Raise ExportError if ``name`` loses more than ``max_drop`` points."""

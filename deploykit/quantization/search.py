@@ -17,6 +17,8 @@ from deploykit.quantization.tables import render
 
 SAMPLE = 64
 """Number of rows to measure a part's sensitivity on."""
+_BROKEN = 1e9
+"""Change of outputs that are NaN or infinite. Finite, so that parts can be sorted by it."""
 _MOST_KEPT = 0.5  # largest share of parts in fp32: above it the model is hardly INT8
 
 
@@ -84,7 +86,7 @@ def hold_limit(
     expected = sample(())
 
     def change(group: Sequence[str]) -> float:
-        return float(np.abs(sample(group) - expected).mean())
+        return float(np.nan_to_num(np.abs(sample(group) - expected).mean(), nan=_BROKEN, posinf=_BROKEN))
 
     sensitivity: dict[str, float] = {}
     for i, group in enumerate(groups, 1):

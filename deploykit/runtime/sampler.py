@@ -7,6 +7,7 @@ the rules of ``token_distribution``. transformers' own need torch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.engines.native.sampling import native_draw
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution, draw
 
@@ -68,7 +70,12 @@ class Sampler:
         return other
 
     def choose(self, logits: Logits) -> int:
-        """Return the next token's id. ``logits``: float32 [vocabulary]."""
+        """Return the next token's id. ``logits``: float32 [vocabulary].
+
+        Raises NoNumberError if a logit is NaN, or the highest infinite.
+        """
+        if not math.isfinite(logits.max()):  # NaN if any is
+            raise NoNumberError
         s = self._sampling
         changed = self._without_ends(self._allowed(self._penalized(logits)))
         token = int(changed.argmax()) if s.temperature == 0 else self._drawn(changed)

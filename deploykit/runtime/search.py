@@ -89,7 +89,8 @@ class Continuations:
 
 @dataclass
 class Finished:
-    """A finished hypothesis: its tokens without the start token, and its score with the length penalty."""
+    """A finished hypothesis: its tokens without the start token, and its score with the length penalty, NaN if the model
+    computed no number."""
 
     tokens: Ints
     score: float

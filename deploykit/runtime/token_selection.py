@@ -10,7 +10,8 @@ from deploykit.runtime.engines.protocol import BestTokens, Floats, Ints, TokenSe
 def select(logits: Floats, selection: TokenSelection, best: BestTokens) -> tuple[Floats, Ints]:
     """Return the log-probabilities, descending, and ids of the best tokens: [rows, best] each.
 
-    Of equal logits the lower id comes first. Changes ``logits``, float32 [rows, vocabulary].
+    Of equal logits the lower id comes first. Changes ``logits``, float32 [rows, vocabulary]. The log-probability of a row
+    with NaN, or whose highest logit is infinite, is NaN.
     """
     forced = np.flatnonzero(selection.forced >= 0)
     restricted = np.diff(selection.begin) > 0
@@ -30,7 +31,9 @@ def select(logits: Floats, selection: TokenSelection, best: BestTokens) -> tuple
     logits[forced] = -np.inf
     logits[forced, selection.forced[forced]] = 0.0
     if not selection.scored.any():
-        return np.zeros((len(logits), 1), np.float32), logits.argmax(axis=1)[:, None]
+        ids = logits.argmax(axis=1)[:, None]  # of NaN, if there is one
+        highest = np.take_along_axis(logits, ids, axis=1)
+        return np.where(np.isnan(highest) | (highest == np.inf), np.float32(np.nan), np.float32(0)), ids
     if selection.best == 1:
         ids = logits.argmax(axis=1)[:, None]
         values = best.of(logits, ids[:, 0])[:, None]

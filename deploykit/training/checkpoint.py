@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
-from deploykit.artifacts import load_manifest
+from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, MissingDependencyError, first_line
 from deploykit.tasks.registry import DEFAULT, get_task
 from deploykit.training.source import ADAPTER, check_family, check_source, read_json
@@ -140,11 +140,29 @@ def _load(model: str, task: str, config: dict[str, Any], *, new_head: bool) -> L
             return Loaded(_load_merged(Path(model), json.loads(adapter.read_text())))
         settings = load_config(model, **config)
         check_family(model, settings.model_type, task)
+        _attend_fully(settings, model, trains=new_head)
         return load_reported(get_task(task).auto_model, model, settings, new_head=new_head)
     except ArtifactError:
         raise
     except Exception as error:  # transformers raises whatever its dozen loaders raise
         raise not_loadable(model, error) from error
+
+
+def _attend_fully(config: Any, model: str, *, trains: bool) -> None:
+    """Replace the block-sparse attention of BigBird by full attention.
+
+    transformers computes long texts with block-sparse attention until the model reads a short one, and with full attention
+    from then on. Raises ArtifactError for a model trained elsewhere that reads long texts, unless it ``trains`` now.
+    """
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return
+    short = (5 + 2 * config.num_random_blocks) * config.block_size
+    if config.max_position_embeddings > short and not trains and not (Path(model) / MANIFEST).exists():
+        raise ArtifactError(
+            f"{model}: computes texts of more than {short} tokens with block-sparse attention, which is not served",
+            'write "attention_type": "original_full" into config.json, and measure its accuracy on long texts',
+        )
+    config.attention_type = "original_full"
 
 
 def max_tokens(tokenizer: Any, config: Any) -> int:
@@ -186,15 +204,18 @@ def pad_token_id_of(tokenizer: Any, config: Any) -> int:
 def trained_with_token_types(tokenizer: Any, model: Any) -> bool:
     """Return whether ``model`` takes the types of the tokenizer's tokens, and was trained with them.
 
+    A model without types of its own (GPT-2) takes tokens as types; it was trained with them if its tokenizer lists them.
+
     transformers 5 leaves the types of some tokenizers (ALBERT's, for example) out unless it is asked for them, transformers 4
     does not: only a list in the tokenizer's own settings counts. BigBird's are left out by both.
     """
     config = model.config
-    listed = tokenizer.init_kwargs.get("model_input_names", ["token_type_ids"])
+    kinds = getattr(config, "type_vocab_size", None)
+    listed = tokenizer.init_kwargs.get("model_input_names", [] if kinds is None else ["token_type_ids"])
     return (
         "token_type_ids" in listed
         and config.model_type != "big_bird"
-        and int(getattr(config, "type_vocab_size", 0) or 0) > 1
+        and (kinds is None or int(kinds) > 1)
         and "token_type_ids" in inspect.signature(model.forward).parameters
     )
 

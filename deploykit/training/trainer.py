@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from deploykit.freed_memory import keep_memory
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training import processes
+from deploykit.training.divergence import Divergence
 from deploykit.training.interruption import interruption_callbacks
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.progress import Progress
@@ -137,7 +138,8 @@ def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
     found: list[Any] = []
     if processes.is_first():
         found += [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
-    found += [*regularization_callbacks(options), *interruption_callbacks()]
+    # Divergence comes first, so that an interrupted run saves no weights that are not finite.
+    found += [Divergence(), *regularization_callbacks(options), *interruption_callbacks()]
     if (watch := _watch.get()) is not None:
         found.append(_Watcher(watch))
     if options.early_stopping_patience:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from deploykit.runtime.decoding.plan import Plan
@@ -14,19 +16,20 @@ from deploykit.runtime.search import Continuations, Finished, Floats, Ints, cand
 def choose_greedily(plan: Plan, rows: Rows, chosen: Ints, gained: Floats) -> list[Sentence]:
     """Append the ``chosen`` token to each greedy row, and its log-probability to the score where one is requested."""
     greedy = plan.greedy
-    lengths = rows.lengths[greedy]
-    rows.sums[greedy] += np.where(plan.selection.scored[greedy], gained[greedy], np.float32(0))
+    lengths, gained = rows.lengths[greedy], gained[greedy]
+    rows.sums[greedy] += np.where(plan.selection.scored[greedy] | np.isnan(gained), gained, np.float32(0))
     rows.tokens[greedy, lengths] = chosen[greedy]
     rows.lengths[greedy] = lengths + 1
     return finished_greedy(plan, rows)
 
 
 def finished_greedy(plan: Plan, rows: Rows) -> list[Sentence]:
-    """Return the finished greedy sentences, with their results."""
+    """Return the finished greedy sentences, with their results. One whose score is NaN ends at once."""
     greedy = plan.greedy
     lengths = rows.lengths[greedy]
     done = []
-    for row in greedy[rows.ends[rows.tokens[greedy, lengths - 1]] | (lengths >= rows.limits[greedy])].tolist():
+    ends = rows.ends[rows.tokens[greedy, lengths - 1]] | (lengths >= rows.limits[greedy]) | np.isnan(rows.sums[greedy])
+    for row in greedy[ends].tolist():
         sentence, length = rows.sentences[row], int(rows.lengths[row])
         score = float(rows.sums[row]) / (length - 1) ** sentence.generation.length_penalty
         sentence.result = Finished(rows.tokens[row, 1:length].copy(), score)
@@ -45,7 +48,7 @@ def finished_beams(plan: Plan) -> list[Sentence]:
 
 
 def advance_beams(plan: Plan, rows: Rows, model: DecodeModel, values: Floats, columns: Ints) -> list[Sentence]:
-    """Advance every beam by one step. Returns the finished sentences.
+    """Advance every beam by one step. Returns the finished sentences. One with a score of NaN ends at once, with that score.
 
     ``values`` and ``columns`` are log-probabilities and ids of each row's best tokens, best first.
     """
@@ -60,10 +63,16 @@ def advance_beams(plan: Plan, rows: Rows, model: DecodeModel, values: Floats, co
         tokens = columns[of_beams[each, parents], best % values.shape[1]]
         lengths = rows.lengths[of_beams[:, 0]]
         ending = rows.ends[tokens].any(axis=1) | (lengths + 1 >= rows.limits[of_beams[:, 0]])
+        broken = np.isnan(totals).any(axis=1)
         going = np.ones(n, bool)
         for i, sentence in enumerate(sentences):
             beam = sentence.beam
             assert beam is not None
+            if broken[i]:
+                sentence.result = Finished(np.empty(0, np.int64), math.nan)
+                done.append(sentence)
+                going[i] = False
+                continue
             if not ending[i] and not beam.finished:
                 continue  # the best ones continue as they are
             length = int(lengths[i])

@@ -21,7 +21,7 @@ from deploykit.runtime.tokenizer import Encoded, shortened
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
-from deploykit.tasks.classification.predictor import graph_inputs
+from deploykit.tasks.classification.predictor import finite, graph_inputs
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.checkpoint import (
     check_vocabulary,
@@ -179,14 +179,14 @@ class TorchClassifier:
         return np.asarray(output.logits.numpy(), np.float32)
 
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Probabilities, float32 [texts, labels]."""
+        """Probabilities, float32 [texts, labels]. Raises DataError for a text for which the model computes no number."""
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         encoded = self.encode(texts)
         for batch in batches(
             encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, pad_left=self.task.pad_left
         ):
             logits[batch.rows] = self.logits(graph_inputs(self.task, encoded, batch))
-        return self.task.scores(logits)
+        return self.task.scores(finite(logits))
 
     def logits_alone(self, text: str) -> NDArray[np.float32]:
         """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all outputs of the

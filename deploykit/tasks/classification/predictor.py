@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.batching import Batch, batches, padded_types
 from deploykit.runtime.engines.protocol import Engine
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.tokenizer import Encoded, TextTokenizer
 from deploykit.runtime.tracing import stage
 from deploykit.tasks.classification.facts import Classification
@@ -36,8 +37,12 @@ class Classifier:
         """Probabilities, float32 [texts, labels], in the order of ``texts`` and ``task.labels``.
 
         A text's scores do not depend on other texts. A pair is written as one text (``facts.as_text``). Raises
-        DataError for a text that is not a pair, or has no token.
+        DataError for a text that is not a pair, or has no token, or for which the model computes no number.
         """
+        return self.task.scores(finite(self.logits(texts)))
+
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return raw outputs, float32 [texts, labels], as ``scores`` does, but also those that are not finite."""
         with stage("tokenize"):
             encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
@@ -47,10 +52,17 @@ class Classifier:
         ):  # fmt: skip
             with stage("encode"):
                 logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
-        return self.task.scores(logits)
+        return logits
 
     def close(self) -> None:
         """Do nothing: the engine is freed with the object."""
+
+
+def finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``logits``. Raises DataError if one is NaN or infinite."""
+    if not np.isfinite(logits).all():
+        raise NoNumberError()
+    return logits
 
 
 def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[str, NDArray[np.int64]]:

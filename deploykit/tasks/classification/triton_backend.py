@@ -70,7 +70,7 @@ class ClassificationBackend:
         self._repeated = lru_cache(_KEPT_TENSORS)(repeated)
         # Short, middling and longest texts: engines compile kernels when they first meet a shape.
         for words in (1, task.max_length // 4, task.max_length):
-            self._classifier.scores([as_text("a " * words, "a") if task.pair else "a " * words])
+            self._classifier.logits([as_text("a " * words, "a") if task.pair else "a " * words])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch: one run of the engine, whatever the number of requests."""

@@ -32,6 +32,8 @@ from deploykit.training.padding import padded
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
 """Default window length and stride (tokens), as BERT's authors used for SQuAD."""
 
+_LONGFORMER_SEPARATORS = 3
+"""Separators of a window of Longformer: two between question and context, and one at the end."""
 _TRIED = ("good", "The quick brown fox jumps over the lazy dog, and 3 more words.")
 """Contexts that ``check_model`` asks about."""
 _TOLERANCE = 1e-3
@@ -43,6 +45,8 @@ class TorchAnswerer(Answerer):
     def __init__(self, model: Any, tokenizer: Any, task: QuestionAnswering) -> None:
         self.model = model
         self.hub_tokenizer = tokenizer
+        if model.config.model_type == "longformer" and not model._forward_pre_hooks:
+            model.register_forward_pre_hook(_attend_to_question, with_kwargs=True)
         own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         super().__init__(task, PairTokenizer(own, task), self.run, DEFAULT_TOKEN_BUDGET)
 
@@ -63,6 +67,17 @@ class TorchAnswerer(Answerer):
             output = self.model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
         start, end = (np.asarray(logits.float().cpu().numpy()) for logits in (output.start_logits, output.end_logits))
         return start, end
+
+
+def _attend_to_question(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a Longformer its global attention, on all tokens before the first separator, if a text has a separator of its own.
+
+    The model does so itself for windows of three separators, and raises for others.
+    """
+    separators = inputs["input_ids"] == model.config.sep_token_id
+    if "global_attention_mask" not in inputs and separators.sum(1).max() > _LONGFORMER_SEPARATORS:
+        inputs = {**inputs, "global_attention_mask": (separators.cumsum(1) == 0).long()}
+    return args, inputs
 
 
 def check_model(answerer: TorchAnswerer, origin: str) -> None:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError
+from deploykit.runtime.finite import NoNumberError
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.question_answering.clean import clean
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.rows import Example, RightAnswers, read_rows
-from deploykit.tasks.question_answering.spans import Found
+from deploykit.tasks.question_answering.spans import Found, Span
 from deploykit.text import is_blank
 
 _CHUNK = 256
+_SURE = -1e9
+"""Log-odds of no answer that are below any threshold."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,14 @@ def evaluation(task: QuestionAnswering, rows: LabelledQuestions, found: Sequence
 def found_for(
     predictor: TextAnswerer, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
 ) -> list[Found]:
-    """Answer every pair; a refused one has no spans."""
-    nothing = Found((), 0.0, 0.0)
+    """Answer every pair. A refused one has no spans; one for which the model computes no number has a wrong answer, since
+    "no answer" may be right."""
+    nothing, wrong = Found((), 0.0, 0.0), Found((Span("\ufffd", 0, 0, 0.0),), _SURE, 0.0)
     results = predictor.try_all(pairs, progress=progress)
-    return [result if isinstance(result, Found) else nothing for result in results]
+    return [
+        result if isinstance(result, Found) else wrong if isinstance(result, NoNumberError) else nothing
+        for result in results
+    ]
 
 
 def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -> Grade:

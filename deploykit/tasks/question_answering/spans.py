@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.errors import DataError
+from deploykit.runtime.finite import NoNumberError
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.windows import EncodedContext, Window
 
@@ -62,12 +64,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best spans of one window: first and last token, counted from the window's first, and probability."""
+    """The best spans of one window: first and last token, counted from the window's first, and probability.
+
+    ``finite``: all logits of the window are numbers; otherwise it has no spans.
+    """
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     probability: NDArray[np.float64]
     none: float
+    finite: bool = True
 
 
 def candidates(
@@ -91,6 +97,7 @@ def candidates(
     inside = (positions >= at) & (positions < at + size)
     allowed = inside | ((positions == 0) & with_none)
     start, end = (_softmax(logits, allowed) for logits in (start_logits, end_logits))
+    finite = ~np.isnan(start[:, 0] + end[:, 0])
     none = start[:, 0] * end[:, 0] if with_none else np.zeros(rows)
     start, end = start * inside, end * inside
     longest = min(longest, length)
@@ -110,7 +117,8 @@ def candidates(
     found = []
     for row in range(rows):
         kept = probability[row] > 0
-        found.append(Candidates(first[row][kept], last[row][kept], probability[row][kept], float(none[row])))
+        best_first, best_last, best_probability = (each[row][kept] for each in (first, last, probability))
+        found.append(Candidates(best_first, best_last, best_probability, float(none[row]), bool(finite[row])))
     return found
 
 
@@ -120,10 +128,13 @@ def _highest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def _softmax(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return probabilities of the ``allowed`` tokens; NaN for a whole row where one of them has NaN or infinity, or all have -inf."""
     values = np.where(allowed, logits.astype(np.float64), -np.inf)
-    highest = np.maximum(values.max(axis=1, keepdims=True), -1e300)  # a window may have no token of the context
-    weights = np.exp(values - highest)
-    return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), _LEAST))
+    highest = values.max(axis=1, keepdims=True)
+    highest[~allowed.any(axis=1)] = 0.0  # a window may have no token of the context
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(values - highest)
+        return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), _LEAST))
 
 
 @dataclass
@@ -137,10 +148,12 @@ class Collector:
     _probability: dict[str, float] = field(default_factory=dict)
     _total: float = 0.0
     _none: float = 1.0
+    _finite: bool = True
 
     def add(self, window: Window, found: Candidates) -> None:
         """Add a window's candidates. Without whole words only its ``top_k`` best are answers, as in the pipeline; the others
         count in the total of probability."""
+        self._finite &= found.finite
         left = len(found.first) if self.task.whole_words else self.top_k
         self._none = min(self._none, found.none)
         for first, last, probability in zip(found.first, found.last, found.probability):
@@ -158,8 +171,10 @@ class Collector:
             self._places.setdefault(key, (start, end))
             self._probability[key] = self._probability.get(key, 0.0) + float(probability)
 
-    def result(self) -> Found:
-        """Return the best answers."""
+    def result(self) -> Found | DataError:
+        """Return the best answers, or an error if the model computed no number for one of the windows."""
+        if not self._finite:
+            return NoNumberError()
         ranked = sorted(self._probability, key=lambda key: -self._probability[key])
         total = self._total + (self._none if self.task.no_answer_threshold is not None else 0.0)
         total = max(total, _LEAST)

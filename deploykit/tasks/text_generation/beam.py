@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, candidates
@@ -46,8 +47,13 @@ class BeamSearch:
         return self._beam.finished
 
     def advance(self, logits: NDArray[np.float32]) -> Moves | None:
-        """Take the logits of each row's next token, float32 [beams, vocabulary]. Returns None when the search is over."""
+        """Take the logits of each row's next token, float32 [beams, vocabulary]. Returns None when the search is over.
+
+        Raises NoNumberError if a logit is NaN, or the highest of a row infinite.
+        """
         most = logits.max(1, keepdims=True)
+        if not np.isfinite(most).all():
+            raise NoNumberError
         shifted = logits - most
         logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         length = self._tokens.shape[1]

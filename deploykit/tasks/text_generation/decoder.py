@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import DataError, DeploykitError
 from deploykit.runtime.engines.causal_lm import CausalLm, Logits, MixingCausalLm, Part
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.sampler import Sampler
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.stream_text import StreamText
@@ -69,7 +70,7 @@ class Query:
     """A prompt, and the answers that are generated to it, each with one of the ``constraints`` if there are any.
     ``on_tokens`` is called after a step with new tokens.
 
-    ``error``: why it has no answers: its constraint became too complex to follow.
+    ``error``: why it has no answers: its constraint became too complex to follow, or the model computed no number.
     ``prompt_logprobs``: also compute those of the prompt's tokens; the first token has none.
     """
 
@@ -95,7 +96,9 @@ class Query:
 
     @property
     def done(self) -> bool:
-        return bool(self.answers) and all(answer.finish is not None for answer in self.answers)
+        return self.error is not None or (
+            bool(self.answers) and all(answer.finish is not None for answer in self.answers)
+        )
 
     def kept(self) -> list[Answer]:
         """Return the finished answers: of more than ``n`` those with the highest mean log-probability."""
@@ -365,9 +368,12 @@ class Decoder:
         query = part.query
         if query.prompt_logprobs:
             following = query.prompt[part.start + 1 : part.start + len(part.ids) + 1]
-            for token, values in zip(following, logits):
-                query.of_prompt.append(token_logprob(token, values, query.sampling.logprobs or 0))
-        if part.whole:
+            try:
+                for token, values in zip(following, logits):
+                    query.of_prompt.append(token_logprob(token, values, query.sampling.logprobs or 0))
+            except NoNumberError as error:
+                query.error = error
+        if part.whole and query.error is None:
             self._prefixes.store(self._model, query.prompt)
             self._answer(query, logits[-1].copy())
         return part.whole
@@ -401,7 +407,11 @@ class Decoder:
         sampling = query.sampling
         most = min(sampling.max_new_tokens, self._task.max_length - len(query.prompt))
         beams = BeamSearch(sampling, self._ends(sampling), most)
-        moves = beams.advance(np.repeat(logits[None], sampling.num_beams, 0))
+        try:
+            moves = beams.advance(np.repeat(logits[None], sampling.num_beams, 0))
+        except NoNumberError as error:
+            query.error = error
+            return
         self.tokens += sampling.num_beams
         if moves is None:
             self._finish_beams(query, beams)
@@ -421,12 +431,16 @@ class Decoder:
         )
         beams = self.running[rows[0]].beams
         assert beams is not None
-        moves = beams.advance(logits[rows])
+        try:
+            moves = beams.advance(logits[rows])
+        except NoNumberError as error:
+            query.error, moves = error, None
         self.tokens += len(rows)
         if moves is None:
             for row in rows:
                 self.running[row].finish = "eos"  # it leaves
-            self._finish_beams(query, beams)
+            if query.error is None:
+                self._finish_beams(query, beams)
             return
         places, sources, targets = rearranged(moves.parents)
         self._model.copy([rows[i] for i in sources], [rows[i] for i in targets], len(query.prompt))
@@ -449,8 +463,11 @@ class Decoder:
         query, sampling, ids = answer.query, answer.query.sampling, answer.ids
         if query.error is not None:
             return
+        found = None
         try:
             token = answer.sampler.choose(logits)
+            if sampling.logprobs is not None or sampling.candidates > sampling.n:
+                found = token_logprob(token, logits, sampling.logprobs or 0)
         except DeploykitError as error:
             query.error = error
             for each in query.answers:
@@ -460,8 +477,7 @@ class Decoder:
         if answer.lookup is not None:
             answer.lookup.add([token])
         self.tokens += 1
-        if sampling.logprobs is not None or sampling.candidates > sampling.n:
-            found = token_logprob(token, logits, sampling.logprobs or 0)
+        if found is not None:
             answer.total_logprob += found.logprob
             if sampling.logprobs is not None:
                 answer.logprobs.append(found)

@@ -13,6 +13,7 @@ from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError, UsageError
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
@@ -162,6 +163,8 @@ def measure_rows(
 
     scores = []
     for score in generator.score(asked.encoded):
+        if not np.isfinite(score.logprobs).all():
+            raise NoNumberError
         scores.append(score)
         step(1)
     texts = [generator.tokenizer.decode(row.ids[row.supervised].tolist()) for row in asked.encoded]

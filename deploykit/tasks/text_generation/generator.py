@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query
 from deploykit.tasks.text_generation.draft import Draft, DraftLm
@@ -111,9 +113,12 @@ class LocalGenerator:
     ) -> list[list[Generated] | DataError]:
         """Return the answers to each prompt, or why it is refused; see ``TextGenerator``."""
         encoded = [self._encoded(prompt, sampling) for prompt in prompts]
-        good = [ids for ids in encoded if not isinstance(ids, DataError)]
-        found = iter(self.generate(good, sampling, progress=progress))
-        return [ids if isinstance(ids, DataError) else next(found) for ids in encoded]
+        queries = iter(self._run([ids for ids in encoded if not isinstance(ids, DataError)], sampling, progress))
+
+        def answered(query: Query) -> list[Generated] | DataError:
+            return query.error if isinstance(query.error, NoNumberError) else generated(query, self.tokenizer)
+
+        return [ids if isinstance(ids, DataError) else answered(next(queries)) for ids in encoded]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they arrive. Raises DataError for a prompt that is refused."""
@@ -162,8 +167,15 @@ class LocalGenerator:
     ) -> list[list[Generated]]:
         """Return ``sampling.n`` answers to each prompt, in order. ``progress`` is called with the answers that arrived.
 
-        Raises DataError for a prompt that is empty or leaves no room in the context for an answer.
+        Raises DataError for a prompt that is empty or leaves no room in the context for an answer, or for which the model
+        computes no number.
         """
+        return [generated(query, self.tokenizer) for query in self._run(prompts, sampling, progress)]
+
+    def _run(
+        self, prompts: Sequence[list[int]], sampling: Sampling | None, progress: Callable[[int], None]
+    ) -> list[Query]:
+        """Return the queries of all prompts, done."""
         sampling = sampling or self.task.sampling
         queries = [self.query(prompt, sampling) for prompt in prompts]
         for query in queries:
@@ -175,7 +187,7 @@ class LocalGenerator:
         except BaseException:
             self._new_decoder()  # its queries must not reach the next call
             raise
-        return [generated(query, self.tokenizer) for query in queries]
+        return queries
 
     def check(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
         """Raise DataError for a prompt that cannot be answered."""
@@ -201,7 +213,10 @@ class LocalGenerator:
         for prompt in prompts:
             ids = self.prompt_ids(prompt) or list(self.task.eos_token_ids[:1])
             rows.append(EncodedRow.of_answer(ids, answer))
-        return [float(score.logprobs.sum()) for score in self.score(rows)]
+        found = [float(score.logprobs.sum()) for score in self.score(rows)]
+        if not all(map(math.isfinite, found)):
+            raise NoNumberError
+        return found
 
     def supervised_logits(self, rows: Sequence[EncodedRow]) -> Iterator[NDArray[np.float32]]:
         """Return for each row the logits that predict its supervised tokens, float32 [supervised, vocabulary]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.token_distribution import top_tokens
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 
@@ -32,7 +34,12 @@ def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[
 
 
 def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLogprob:
-    """Return the log-probability of ``token`` by ``logits``, [vocabulary], and of the ``top`` likeliest tokens."""
+    """Return the log-probability of ``token`` by ``logits``, [vocabulary], and of the ``top`` likeliest tokens.
+
+    Raises NoNumberError if a logit is NaN, or the highest infinite.
+    """
+    if not math.isfinite(logits.max()):
+        raise NoNumberError
     total = log_sum(logits)
     best = top_tokens(logits, top).tolist() if top else []
     return TokenLogprob(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in best))

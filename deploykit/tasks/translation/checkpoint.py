@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.decoding import Seconds, Sentence, longest_first
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.search import Finished
 from deploykit.runtime.serving_settings import LongInput, Split
@@ -114,7 +115,7 @@ class TorchTranslator:
                 generated = self.model.generate(
                     input_ids=input_ids.to(device),
                     attention_mask=mask.to(device),
-                    logits_processor=LogitsProcessorList(processors),
+                    logits_processor=LogitsProcessorList([_Finite(), *processors]),
                 )
                 for row, ids in zip(rows, generated[:, 1:].tolist()):
                     targets[row] = self._until_end(ids)
@@ -194,6 +195,16 @@ class TorchTranslator:
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.task.eos_token_ids), len(ids))
         return ids[:end]
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Raises NoNumberError if the logits of a row are NaN, or the highest is infinite."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        highest = scores.amax(-1)
+        if (highest.isnan() | (highest == torch.inf)).any():
+            raise NoNumberError
+        return scores
 
 
 class _Noise(LogitsProcessor):  # type: ignore[misc]

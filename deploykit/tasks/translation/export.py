@@ -40,6 +40,7 @@ from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
+from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.translation.calibration import activations_of, calibrate
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs
@@ -54,6 +55,7 @@ from deploykit.tasks.translation.predictor import TextTranslator, Translator, lo
 from deploykit.tasks.translation.read_pairs import load_pairs
 from deploykit.tasks.translation.source_prefix import source_prefix
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.tasks.translation.translated import Translated
 from deploykit.tensorrt.build import build_engine, plan, read_inputs
 from deploykit.tensorrt.options import TRANSLATOR_GRAPHS, EngineOptions
 from deploykit.text import normalize
@@ -299,7 +301,9 @@ class _Grader(Grader[list[str]]):
         return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
 
     def _texts(self, translator: TextTranslator) -> list[str]:
-        return [translated.text for translated in translator.translate(self._sources)]
+        # A text for which a form computes no number counts as untranslated.
+        found = answer_each(translator.translate, self._sources)
+        return [one.text if isinstance(one, Translated) else "" for one in found]
 
 
 def _build_engines(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from deploykit.runtime.engines import (
     load_decode_model,
 )
 from deploykit.runtime.engines.protocol import DecodeLimits
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.generation import MAX_ROWS, Generation
 from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.translation.facts import Translation
@@ -93,7 +95,7 @@ class Translator(Generic[RunnerT]):
         """Translate ``texts``, in their order; a blank text or one without tokens gives an empty translation.
 
         Without ``scored`` greedy search is faster, and scores are 0. Raises DataError for a text that begins with an
-        unknown target code, or that is too long if ``long_input`` is "refuse".
+        unknown target code, or that is too long if ``long_input`` is "refuse", or for which the model computes no number.
         """
         generation = generation or self.task.generation
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
@@ -184,9 +186,14 @@ class Translator(Generic[RunnerT]):
         return sentence.text
 
     def result(self, job: Job) -> Translated:
-        """Join the sentences of a job that is done. Its score is their mean, weighted by target tokens."""
+        """Join the sentences of a job that is done. Its score is their mean, weighted by target tokens.
+
+        Raises NoNumberError if the model computed no number for a sentence.
+        """
         if not job.sentences:
             return EMPTY
+        if any(sentence.result is not None and math.isnan(sentence.result.score) for sentence in job.sentences):
+            raise NoNumberError
         tokens, scores, length = 0, 0.0, False
         texts = []
         for sentence in job.sentences:

@@ -22,6 +22,7 @@ from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.runtime.decode_loop import DecodeLoop
 from deploykit.runtime.decoding import MAX_CACHE_BYTES, longest_first
 from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.runtime.triton_decoding import LoadMetrics, RequestTrace, log_error, send_failure, send_last, submit
@@ -158,10 +159,18 @@ class _Client:
         return bool(self._request.is_cancelled())
 
     def answer(self) -> None:
-        translations = [self._translator.result(job) for job in self._jobs]
         by_row: list[Translated | None] = [None] * len(self._rows.errors)
-        for row, translated in zip(self._rows.good, translations):
-            by_row[row] = translated
+        errors: dict[int, str] = {}
+        for row, job in zip(self._rows.good, self._jobs):
+            try:
+                by_row[row] = self._translator.result(job)
+            except NoNumberError as error:
+                errors[row] = error.message
+        try:
+            self._rows.fail(errors)
+        except RefusedError as refusal:
+            send_last(self._sender, refusal.response())
+            return
         outputs = [
             strings("TRANSLATION", [t.text if t else "" for t in by_row]),
             numbers("SCORE", [t.score if t else 0.0 for t in by_row], np.float32),

@@ -92,6 +92,25 @@ def test_the_parts_that_change_the_outputs_most_alone_stay_in_fp32(tmp_path: Pat
     assert "24 of 24: part23 alone in INT8 changes the outputs by 0" in model.said
 
 
+def test_a_part_that_makes_the_outputs_nan_is_the_most_sensitive(tmp_path: Path) -> None:
+    model = Model(["part7", "part3", "part19"], trace_at(tmp_path / "t.json"))
+    sample = model.sample
+    model.sample = lambda parts: np.float32(np.nan) * sample(parts) if "part3" in parts else sample(parts)  # type: ignore[method-assign]
+    found = model.search(limit=1.5)
+    assert found is not None
+    assert found.order[:3] == ("part3", "part19", "part7")
+    assert json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail), "JSON has no NaN"
+
+
+def test_a_metric_that_is_no_number_loses_more_than_any_limit() -> None:
+    grader = Answers()
+    grader.enter("fp32", "pytorch", 0.9)
+    line = grader.enter("int8", "engine", float("nan"))
+    assert grader.drop(line) > 100
+    with pytest.raises(ExportError, match="more than --max-drop 100"):
+        grader.refuse_loss(line, "INT8", 100, "nothing")
+
+
 def test_neighbours_are_sampled_together_if_there_are_many_parts(tmp_path: Path) -> None:
     model = Model(["part7", "part3", "part19"], trace_at(tmp_path / "t.json"))
     found = model.search(limit=1.5, most_samples=10)

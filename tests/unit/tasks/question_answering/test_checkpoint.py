@@ -76,3 +76,40 @@ def test_settings_that_leave_token_types_out_are_kept(tmp_path: Path) -> None:
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids"]}))
     assert not TorchAnswerer.load(folder).task.token_types
+
+
+def test_longformer_reads_contexts_with_separators_of_their_own(tmp_path: Path) -> None:
+    """transformers computes the global attention of windows with three separators only."""
+    folder = write_checkpoint(tmp_path / "model", "roberta", sharp=True)
+    config = AutoConfig.for_model(
+        "longformer", initializer_range=0.3, attention_window=[16, 16], pad_token_id=0, sep_token_id=3,
+        max_position_embeddings=80, **{**SIZES, "vocab_size": 300},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForQuestionAnswering.from_config(config).save_pretrained(folder)
+    answerer = TorchAnswerer.load(folder)
+    contexts = ["w1 w2. w3", "w1 </s> w2. </s> w3", "w4"]
+    found = answerer.find([("w5 ?", context) for context in contexts])
+    alone = [answerer.find([("w5 ?", context)])[0] for context in contexts]
+    assert [each.spans[0].score for each in found] == pytest.approx([each.spans[0].score for each in alone], rel=1e-4)
+    assert [each.spans[0].start for each in found] == [each.spans[0].start for each in alone]
+    windows = [next(answerer.tokenizer.windows([9], answerer.tokenizer.context(text))) for text in contexts]
+    ids = torch.tensor([windows[1].ids])
+    attended = torch.zeros_like(ids)
+    attended[:, :2] = 1  # <s> and the question
+    plain = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = plain(ids, attention_mask=torch.ones_like(ids), global_attention_mask=attended).start_logits
+    ours, _ = answerer.run({"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    torch.testing.assert_close(torch.from_numpy(ours), expected)
+
+
+def test_block_sparse_attention_is_refused_where_texts_are_long(tmp_path: Path) -> None:
+    folder = _with_model(tmp_path / "model", "big_bird", max_position_embeddings=1024, **SIZES)
+    with pytest.raises(ArtifactError, match=r"more than 704 tokens with block-sparse attention.*\n.*original_full"):
+        TorchAnswerer.load(folder)
+    settings = folder / "config.json"
+    settings.write_text(settings.read_text().replace("block_sparse", "original_full"))
+    TorchAnswerer.load(folder)
+    short = _with_model(tmp_path / "short", "big_bird", max_position_embeddings=704, **SIZES)
+    assert TorchAnswerer.load(short).model.config.attention_type == "original_full"
