@@ -17,6 +17,8 @@ from deploykit.graphs.architecture import Array, Attention, FeedForward, Linear,
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """RoPE scalings with frequencies that do not depend on the text's length."""
 
+_HIDDEN_ACTIVATION = ("gemma2", "gemma3_text")
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -72,6 +74,10 @@ def check_supported(config: Any, name: str) -> None:
     if kind not in FAMILIES:
         raise ExportError(
             f"{name}: language models of type {kind!r} are not supported", f"supported types: {', '.join(FAMILIES)}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
+        raise ExportError(
+            f"{name}: layer_types has sliding_attention, and there is no sliding_window", "correct its config.json"
         )
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [p for p in parameters.values() if isinstance(p, Mapping)] or [parameters]
@@ -163,7 +169,8 @@ def _llama_like(model: Any) -> CausalArchitecture:
             gate, up = _cut(packed, _slices(*[packed.weight.shape[1] // 2] * 2))
         else:
             gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
-        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        # Each reads its own of the two fields; checkpoints of the first Gemma may have both.
+        activation = config.hidden_activation if config.model_type in _HIDDEN_ACTIVATION else config.hidden_act
         four_norms = hasattr(layer, "pre_feedforward_layernorm")
         layers.append(
             CausalLayer(
@@ -184,7 +191,8 @@ def _llama_like(model: Any) -> CausalArchitecture:
     return CausalArchitecture(
         embedding, head, layers, norm(body.norm), int(config.num_attention_heads), key_heads, size,
         float(first.scaling), head_bias=head_bias, embedding_scale=float(config.hidden_size) ** 0.5 if gemma else 1.0,
-        attention_cap=getattr(config, "attn_logit_softcapping", None),
+        # Gemma 3 has the field too, and does not read it.
+        attention_cap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         logit_cap=getattr(config, "final_logit_softcapping", None),
     )  # fmt: skip
 

@@ -13,6 +13,9 @@ from deploykit.tasks.protocol import GraphKind
 MAX_CONTEXT_CHARS = 16_000_000
 """Longest context that is accepted: a book has about a million characters."""
 
+HEAD: Mapping[str, Any] = {"num_labels": 2}
+"""The configuration of the head: a logit for start and end. A classifier's checkpoint, to train from, has another number."""
+
 MOST_ANSWERS = 100
 """Most answers to one question."""
 
@@ -48,7 +51,7 @@ class QuestionAnswering:
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        return {}
+        return HEAD
 
     @property
     def inputs(self) -> tuple[str, ...]:

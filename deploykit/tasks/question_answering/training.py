@@ -17,7 +17,7 @@ from transformers import Trainer
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, check_model, facts_of
 from deploykit.tasks.question_answering.clean import CleaningReport, clean
-from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.facts import HEAD, QuestionAnswering
 from deploykit.tasks.question_answering.metrics import answer_metrics, is_chinese
 from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
 from deploykit.tasks.question_answering.rows import Example, RawRow, read_rows
@@ -95,7 +95,7 @@ class QuestionAnsweringStage:
     def _model(self) -> Loaded:
         options = self._options
         dropouts = options.dropout_config(self._config)
-        return load_for_training(options.origin, QuestionAnswering.name, **dropouts)
+        return load_for_training(options.origin, QuestionAnswering.name, **HEAD, **dropouts)
 
     def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:
         options = self._options

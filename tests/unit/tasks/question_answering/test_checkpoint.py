@@ -10,10 +10,12 @@ import pytest
 import torch
 from answering_families import FAMILIES
 from tiny_answerer import write_checkpoint
-from transformers import AutoConfig, AutoModelForQuestionAnswering
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.training.checkpoint import load_for_training
 
 TYPED = {"bert", "electra", "albert"}
 SIZES = {
@@ -113,3 +115,22 @@ def test_block_sparse_attention_is_refused_where_texts_are_long(tmp_path: Path) 
     TorchAnswerer.load(folder)
     short = _with_model(tmp_path / "short", "big_bird", max_position_embeddings=704, **SIZES)
     assert TorchAnswerer.load(short).model.config.attention_type == "original_full"
+
+
+def test_a_classifier_with_three_labels_is_trained_to_answer(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder, num_labels=3)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    loaded = load_for_training(str(folder), "question-answering", **QuestionAnswering(64, 16, 0).model_config)
+    assert loaded.model.qa_outputs.out_features == 2
+    assert loaded.model.config.num_labels == 2
+
+
+def test_types_of_a_model_without_types_are_those_that_its_tokenizer_lists(tmp_path: Path) -> None:
+    """GPT-2 takes the types of tokens as more tokens."""
+    folder = _with_model(tmp_path / "model", "gpt2", vocab_size=999, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    settings = folder / "tokenizer_config.json"
+    for listed, typed in ((["token_type_ids"], True), ([], False)):
+        names = ["input_ids", *listed, "attention_mask"]
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": names}))
+        assert TorchAnswerer.load(folder).task.token_types == typed

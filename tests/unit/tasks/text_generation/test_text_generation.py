@@ -386,3 +386,18 @@ def test_metrics_of_scores_are_those_of_pytorchs_loss() -> None:
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(expected * found["tokens"] / np.log(2) / 8, rel=1e-5)
+
+
+def test_a_field_of_another_family_changes_nothing() -> None:
+    """Gemma 3's config has a cap of attention that its model does not read; the first Gemma's may name two activations."""
+    capped = read_causal_architecture(random_model("gemma3_text", attn_logit_softcapping=5.0))
+    assert capped.attention_cap is None
+    model = random_model("gemma", hidden_activation="silu", hidden_act="relu")
+    assert {layer.feed_forward.activation for layer in read_causal_architecture(model).layers} == {"relu"}
+
+
+def test_a_window_of_unknown_size_is_refused() -> None:
+    config = random_model("qwen3").config
+    config.layer_types, config.sliding_window = ["full_attention", "sliding_attention"], None
+    with pytest.raises(ExportError, match="there is no sliding_window"):
+        check_supported(config, "model")
