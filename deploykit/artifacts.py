@@ -6,6 +6,7 @@ finds the old one, the new one, or none.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import errno
@@ -13,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +25,7 @@ from typing import Any, Literal, get_args
 
 from deploykit import __version__
 from deploykit.errors import ArtifactError, CorruptArtifactError
+from deploykit.locks import lock
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_from_json, task_to_json
 
@@ -258,14 +261,15 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
 def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty directory that replaces ``out`` if the block succeeds.
 
-    On an error it is removed and ``out`` stays unchanged. If another process has replaced ``out`` in the meantime, its content stays:
+    On an error it is removed and ``out`` stays unchanged. Those that killed commands left are removed too. If another process has replaced ``out`` in the meantime, its content stays:
     raises ArtifactError, or, if ``shared`` (as for a cache), assumes that the content is the same.
     """
     out = Path(os.path.abspath(out))
     before = _identity(out)
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        _remove_abandoned(out)
+        temporary, held = _temporary_directory(out)
     try:
         temporary.chmod(0o755)
         with explained(out):
@@ -278,6 +282,42 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
                 raise ArtifactError(f"{out}: another command wrote it in the meantime", "choose another --output-dir")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _temporary_directory(out: Path) -> tuple[Path, int | None]:
+    """Create a directory next to ``out``. Returns it, and a descriptor that locks it while this process lives."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        held = _locked(temporary, wait=True)
+        if temporary.is_dir():  # else another process took it for abandoned before it was locked
+            return temporary, held
+        if held is not None:
+            os.close(held)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove the temporary directories of ``out`` that no process holds."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.partial")
+    with contextlib.suppress(OSError):  # a folder that may be written and not listed
+        for path in [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]:
+            if (held := _locked(path, wait=False)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(held)
+
+
+def _locked(directory: Path, *, wait: bool) -> int | None:
+    """Return a descriptor that locks a directory until it is closed, or None if another process has locked it, or if
+    directories cannot be locked (Windows)."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    if lock(descriptor, wait=wait):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 @contextmanager

@@ -174,6 +174,37 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         assert artifacts.load_manifest(tmp_path / "a").kind == "export"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not lock directories")
+def test_what_a_killed_command_left_is_removed_by_the_next_and_what_runs_is_not(tmp_path: Path) -> None:
+    writer = (
+        "import sys, time; from pathlib import Path; from deploykit import artifacts\n"
+        "with artifacts.new_directory(Path(sys.argv[1])) as directory:\n"
+        "    (directory / 'model.onnx').write_bytes(b'half')\n"
+        "    print('go', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    running, killed = (
+        subprocess.Popen([sys.executable, "-c", writer, str(tmp_path / "a")], stdout=subprocess.PIPE) for _ in range(2)
+    )
+    for process in (running, killed):
+        assert process.stdout is not None
+        process.stdout.readline()
+    killed.kill()
+    killed.wait()
+    (tmp_path / ".a.notes.partial").mkdir()
+    assert len(list(tmp_path.glob(".a.????????.partial"))) == 2
+    write(tmp_path / "a")
+    (left,) = tmp_path.glob(".a.????????.partial")
+    assert (left / "model.onnx").read_bytes() == b"half"
+    running.kill()
+    running.wait()
+    write(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.notes.partial", "a"]
+    for process in (running, killed):
+        assert process.stdout is not None
+        process.stdout.close()
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
