@@ -16,6 +16,7 @@ from deploykit.data.open_text import COMPRESSED, is_git_lfs_pointer, plain_suffi
 from deploykit.data.packages import import_data_package
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record, malformed
+from deploykit.data.workbook import read_workbook, workbook_notes
 from deploykit.errors import DataError, first_line
 from deploykit.text import normalize
 
@@ -50,11 +51,13 @@ def read_records(source: str, reading: Reading = AS_FOUND, *, split: str = "trai
 
 
 def reading_notes(source: str, reading: Reading = AS_FOUND) -> list[str]:
-    """Return notes for the user on how ``source`` is read: delimiter, quoting, repeated headers."""
+    """Return notes for the user on how ``source`` is read: delimiter, quoting, repeated headers, sheets."""
     path = Path(source)
-    if not path.is_file() or _READERS.get(plain_suffix(path)) is not read_delimited:
+    if not path.is_file():
         return []
-    return find_layout(path, reading).lines()
+    if plain_suffix(path) == ".xlsx":
+        return workbook_notes(path)
+    return find_layout(path, reading).lines() if plain_suffix(path) in (".csv", ".tsv") else []
 
 
 def check_file(source: str) -> None:
@@ -142,10 +145,18 @@ def _holds_lines(path: Path, encoding: str | None) -> bool:
 
 def _parse_json(path: Path, text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object_of)
     except (ValueError, RecursionError) as error:
         remedy = "correct it, or name a file of one object a line .jsonl"
         raise DataError(f"{path}: {where} is not JSON: {error}", remedy) from None
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:i]))
+        raise ValueError(f"an object has {name!r} twice")
+    return found
 
 
 def _object(path: Path, record: object, where: str) -> dict[str, object]:
@@ -210,31 +221,6 @@ def _named(names: list[str], value: object) -> object:
     return value
 
 
-def _xlsx(path: Path, reading: Reading) -> Iterator[Record]:
-    """Read the first sheet of a workbook: a header, then rows. Formulas have their last saved values."""
-    openpyxl = import_data_package("openpyxl")
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
-        book.close()
-    except Exception as error:  # what a damaged workbook raises is not documented
-        raise DataError(f"{path}: is not a readable workbook: {first_line(error)}", "save it again") from error
-    first = next((n for n, row in enumerate(rows) if any(cell is not None for cell in row)), None)
-    if first is None:
-        raise DataError(f"{path}: is empty", "give a sheet with a header and rows")
-    if reading.no_header:
-        header = reading.named(len(rows[first]), str(path))
-    else:
-        header = ["" if cell is None else str(cell).strip() for cell in rows[first]]
-        while len(header) > 1 and not header[-1]:
-            header.pop()
-        check_header(path, header)
-        first += 1
-    for number, row in enumerate(rows[first:], start=first + 1):
-        if any(cell is not None for cell in row):
-            yield Record(f"{normalize(path.name)}:{number}", dict(itertools.zip_longest(header, row[: len(header)])))
-
-
 _READERS: Mapping[str, Callable[[Path, Reading], Iterator[Record]]] = {
     ".csv": read_delimited,
     ".tsv": read_delimited,
@@ -242,7 +228,7 @@ _READERS: Mapping[str, Callable[[Path, Reading], Iterator[Record]]] = {
     ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
-    ".xlsx": _xlsx,
+    ".xlsx": read_workbook,
 }
 _BINARY = (".parquet", ".xlsx")
 
