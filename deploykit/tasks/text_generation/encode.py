@@ -115,16 +115,23 @@ class ChatTokenizer:
         encoding = self._encode(text, add_special_tokens=False)
         supervised = np.full(len(encoding.ids), loss_on == "all")
         rewritten, joined = 0, False
-        if loss_on != "all":
-            answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-            for i in answers if loss_on == "completion" else answers[-1:]:
-                tokens = self._answer(row, i, text, encoding)
-                if tokens is None:
-                    rewritten += 1
-                else:
-                    supervised[tokens] = True
-                    start = len(self._prompt(row, i))
-                    joined |= any(a < start < b for a, b in encoding.offsets)
+        answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if loss_on == "all":
+            for i in answers:
+                if not _is_learned(row.messages[i]):
+                    tokens = self._answer(row, i, text, encoding)
+                    supervised[tokens or slice(0)] = False
+            return EncodedRow(np.array(encoding.ids, np.int64), supervised)
+        for i in answers if loss_on == "completion" else answers[-1:]:
+            if not _is_learned(row.messages[i]):
+                continue
+            tokens = self._answer(row, i, text, encoding)
+            if tokens is None:
+                rewritten += 1
+            else:
+                supervised[tokens] = True
+                start = len(self._prompt(row, i))
+                joined |= any(a < start < b for a, b in encoding.offsets)
         return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten, joined)
 
     def _prompt(self, row: Row, index: int) -> str:
@@ -182,6 +189,11 @@ class ChatTokenizer:
                 "give plain texts (a column text), or fine-tune it with --chat-template",
             )
         return self.template
+
+
+def _is_learned(message: Message) -> bool:
+    """Return whether an answer is learned: not if it has the weight 0, as OpenAI's files mark answers to leave out."""
+    return bool(message.get("weight", 1) != 0)
 
 
 def fit(row: EncodedRow, max_length: int, on_long: OnLong) -> list[EncodedRow]:

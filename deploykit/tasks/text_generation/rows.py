@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
 import json
 import math
@@ -12,7 +14,7 @@ from typing import Any, Literal
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import is_text_file, listed, peek, text_lines
+from deploykit.data.texts import is_text_file, listed, peek, scalar, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
@@ -21,6 +23,11 @@ Format = Literal["messages", "conversations", "alpaca", "prompt+completion", "co
 _ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
                              "chatgpt": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
 """ShareGPT's names of roles -> those of chat templates."""
+_KINDS: Mapping[str, str] = {
+    "datetime": "a date: format the column as text", "date": "a date: write it as text",
+    "time": "a time: format the column as text", "list": "a list, not a text", "dict": "an object, not a text",
+}  # fmt: skip
+"""Type of a cell that is not a text -> what is wrong with it."""
 _PAIRS: Sequence[tuple[str, str]] = (
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "answer"), ("question", "answer"),
     ("instruction", "response"), ("input", "output"), ("query", "response"),
@@ -156,10 +163,12 @@ def _read(record: Record, columns: Columns) -> RawRow:
         return RawRow(Row(origin=origin), record.problem)
     try:
         if columns.format == "text":
-            return RawRow(Row(text=_text(values.get(columns.prompt)), origin=origin))
+            return RawRow(Row(text=_cell(values, columns.prompt), origin=origin))
         if columns.format in ("messages", "conversations"):
             if values.get("text") is not None and not values.get("messages"):
-                return RawRow(Row(text=_text(values["text"]), origin=origin))
+                return RawRow(Row(text=_cell(values, "text"), origin=origin))
+            if values.get("functions") is not None:
+                raise ValueError("its functions are an old form of OpenAI's: write them as tools")
             messages = _messages(parsed_cell(values.get(columns.format)))
             if columns.format == "conversations" and isinstance(values.get("system"), str):
                 messages = [_message("system", str(values["system"])), *messages]
@@ -174,25 +183,29 @@ def _read(record: Record, columns: Columns) -> RawRow:
 
 def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]]:
     prompt, answer = values.get(columns.prompt), values.get(columns.completion)
-    if isinstance(prompt, list) and isinstance(answer, list):  # trl's conversational prompt-completion
+    if _is_dialog(prompt) and _is_dialog(answer):  # trl's conversational prompt-completion
         return [*_messages(prompt), *_messages(answer)]
     messages = []
-    question = _text(prompt)
+    question = _cell(values, columns.prompt)
     if columns.format == "alpaca":
-        if _text(values.get("input")).strip():
-            question = f"{question}\n\n{_text(values.get('input'))}"
+        if (given := _cell(values, "input")).strip():
+            question = f"{question}\n\n{given}"
         for turn in parsed_cell(values.get("history")) or ():
             if not (isinstance(turn, list) and len(turn) == 2):
                 raise ValueError("its history is not a list of pairs")
-            messages += [_message("user", _text(turn[0])), _message("assistant", _text(turn[1]))]
-    system = _text(values.get("system")) if columns.format in ("alpaca", "prompt+completion") else ""
+            messages += [_message("user", _text(turn[0], "history")), _message("assistant", _text(turn[1], "history"))]
+    system = _cell(values, "system") if columns.format in ("alpaca", "prompt+completion") else ""
     head = [_message("system", system)] if system.strip() else []
-    return [*head, *messages, _message("user", question), _message("assistant", _text(answer))]
+    return [*head, *messages, _message("user", question), _message("assistant", _cell(values, columns.completion))]
+
+
+def _is_dialog(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
     """Return messages in OpenAI's or ShareGPT's words."""
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+    if not isinstance(value, list) or not _is_dialog(value):
         raise ValueError("its messages are not a list of objects")
     found = []
     for message in value:
@@ -201,8 +214,40 @@ def _messages(value: object) -> list[dict[str, Any]]:
         if not isinstance(role, str):
             raise ValueError("a message has no role")
         rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+        if "function_call" in rest:
+            raise ValueError("a message has a function_call, an old form of OpenAI's: write it as tool_calls")
+        if rest.get("weight", 1) not in (0, 1):
+            raise ValueError(
+                f"a message has the weight {rest['weight']!r}: write 1, or 0 for an answer not to be learned"
+            )
+        if "tool_calls" in rest:
+            rest["tool_calls"] = _tool_calls(rest["tool_calls"])
+        role = role.strip().lower()
         found.append({**_message(_ROLES.get(role, role), _content(content, rest)), **rest})
     return found
+
+
+def _tool_calls(calls: object) -> list[dict[str, Any]]:
+    """Return calls with their arguments as objects, as chat templates read them and serving writes them: OpenAI's are JSON in a text."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError("the tool_calls of a message are not a list of objects")
+    found = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            call = {**call, "function": {**function, "arguments": _arguments(function["arguments"])}}
+        found.append(dict(call))
+    return found
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text or "{}")
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"the arguments of a tool call are {text[:40]!r}: write a JSON object")
+    return parsed
 
 
 def _content(content: object, rest: Mapping[str, Any]) -> str:
@@ -220,29 +265,37 @@ def _content(content: object, rest: Mapping[str, Any]) -> str:
 
 
 def _message(role: str, content: str) -> dict[str, Any]:
+    if len(content) > MAX_TEXT_CHARS:
+        raise ValueError(f"a message has more than {MAX_TEXT_CHARS:,} characters")
     return {"role": role, "content": without_surrogates(content)}
 
 
 def parsed_cell(value: object) -> Any:
-    """Parse a cell of a CSV, which may hold JSON."""
+    """Parse a cell of a CSV, which may hold JSON, or lists as pandas writes them, in Python's words."""
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError:
-        raise ValueError("a cell that should hold JSON does not") from None
+    if not value.strip():
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return parse(value)
+    raise ValueError("a cell that should hold JSON does not")
 
 
-def _text(value: object) -> str:
+def _cell(values: Mapping[str, object], name: str) -> str:
+    return _text(values.get(name), name)
+
+
+def _text(value: object, name: str) -> str:
+    """Return a cell of the column ``name`` as a text; numbers are written as other tasks read them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell, in pandas' words
         return ""
-    if isinstance(value, bool | int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError("a cell is not a text")
-    if len(value) > MAX_TEXT_CHARS:
-        raise ValueError(f"a text has more than {MAX_TEXT_CHARS:,} characters")
-    return without_surrogates(value)
+    if (text := scalar(value)) is None:
+        kind = _KINDS.get(type(value).__name__, f"{type(value).__name__}, not a text")
+        raise ValueError(f"{name!r} holds {kind}")
+    if len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"{name!r} has more than {MAX_TEXT_CHARS:,} characters")
+    return without_surrogates(text)
 
 
 def content_text(message: Mapping[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 from language_models import command_rows, tokenizer
 
@@ -345,6 +348,85 @@ def test_a_cell_that_is_not_a_number_is_empty(tmp_path: Path) -> None:
     kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
     assert [(row.prompt, row.answer) for row in kept] == [("1.5", "2")]
     assert report.empty == 2
+
+
+def test_openais_files_are_read_as_the_model_will_be_served(tmp_path: Path) -> None:
+    question, answer = DIALOG[:2]
+    call = {"id": "1", "type": "function", "function": {"name": "ls", "arguments": '{"path": "ü <b>"}'}}
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"messages": [question, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [CALL]},
+        {"messages": [{"role": "User", "content": "copy"}, answer]},
+        {"messages": [question, {**answer, "function_call": {"name": "ls", "arguments": "{}"}}]},
+        {"messages": [question, answer], "functions": [{"name": "ls"}]},
+        {"messages": [question, {**answer, "weight": 0.5}]},
+        {
+            "messages": [
+                question,
+                {"role": "assistant", "tool_calls": [{"function": {"name": "ls", "arguments": "ls"}}]},
+            ]
+        },
+    )
+    raw, _ = load_rows(path)
+    assert [row.problem for row in raw] == [
+        None,
+        None,
+        "a message has a function_call, an old form of OpenAI's: write it as tool_calls",
+        "its functions are an old form of OpenAI's: write them as tools",
+        "a message has the weight 0.5: write 1, or 0 for an answer not to be learned",
+        "the arguments of a tool call are 'ls': write a JSON object",
+    ]
+    assert raw[1].row.messages[0]["role"] == "user"
+    assert supervised_text(chat(QWEN2), raw[0].row) == '<tool_call>ls {"path": "ü <b>"}</tool_call><|im_end|>'
+
+
+def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+    messages = [{**message, "weight": int(i > 1)} if i % 2 else message for i, message in enumerate(DIALOG)]
+    [raw], _ = load_rows(write(tmp_path / "rows.jsonl", {"messages": messages}))
+    own = chat(CHATML)
+    assert supervised_text(own, raw.row) == supervised_text(own, Row(DIALOG), "last-turn")
+    both = supervised_text(own, Row(DIALOG), "all")
+    first = DIALOG[1]["content"] + "<|im_end|>"
+    assert supervised_text(own, raw.row, "all") == both.replace(first, "", 1)
+    learned = {"messages": [DIALOG[0], {**DIALOG[1], "weight": 0}]}
+    raw, _ = load_rows(write(tmp_path / "none.jsonl", learned))
+    kept, report = clean_rows(raw, own, max_length=100, on_long="drop", loss_on="completion")
+    assert (kept, report.nothing_supervised) == ([], 1)
+
+
+def test_a_cell_that_is_not_a_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.xlsx"
+    book = openpyxl.Workbook()
+    for row in (("prompt", "completion"), ("when", datetime.date(2024, 5, 1)), ("how many", 3.0), ("is it", True)):
+        book.active.append(row)
+    book.save(path)
+    raw, _ = load_rows(str(path))
+    assert raw[0].problem == "'completion' holds a date: format the column as text"
+    assert [row.row.answer for row in raw[1:]] == ["3", "true"]
+    [raw_row], _ = load_rows(write(tmp_path / "a.jsonl", {"instruction": "a", "input": ["b"], "output": "c"}))
+    assert raw_row.problem == "'input' holds a list, not a text"
+    [raw_row], _ = load_rows(write(tmp_path / "b.jsonl", {"prompt": ["a"], "completion": ["b"]}))
+    assert raw_row.problem == "'prompt' holds a list, not a text"
+    [raw_row], _ = load_rows(
+        write(tmp_path / "c.jsonl", {"messages": [{"role": "user", "content": "a" * 1_000_001}, DIALOG[1]]})
+    )
+    assert raw_row.problem == "a message has more than 1,000,000 characters"
+
+
+def test_lists_in_a_csv_may_be_in_pythons_words(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [str(list(DIALOG))], [json.dumps(DIALOG)], ["[{'role': user}]"]])
+    raw, _ = load_rows(str(tmp_path / "a.csv"))
+    assert [row.row.messages for row in raw[:2]] == [DIALOG, DIALOG]
+    assert raw[2].problem == "a cell that should hold JSON does not"
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "prompt": "c"}\n')
+    with pytest.raises(DataError, match="line 2 is not JSON: an object has 'prompt' twice"):
+        load_rows(str(path))
 
 
 def test_a_cut_row_without_a_supervised_token_is_not_trained_on() -> None:
