@@ -70,7 +70,7 @@ def finetune(
     options.check()
     _check_machine(options)
     files = file_digests(options)
-    inputs = inputs_digest(as_chosen_before(options, out), files)
+    inputs = _inputs_of(out, as_chosen_before(options, out), files)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
     # These imports take seconds, so they happen only when there is something to train.
@@ -155,7 +155,7 @@ def _run(
                 "checkpoint",
                 trained.task,
                 inputs=inputs,
-                options={k: v for k, v in dataclasses.asdict(options).items() if v is not None},
+                options=dataclasses.asdict(options),
                 metrics={
                     "rows": counts,
                     "cleaning": cleaning,
@@ -201,6 +201,34 @@ def file_digests(options: FinetuneOptions) -> Mapping[str, Sequence[str]]:
 def inputs_digest(options: FinetuneOptions, files: Mapping[str, Sequence[str]]) -> str:
     """Return a digest of everything that determines the run: options, and the contents of the ``files`` they name."""
     return artifacts.digest_of("finetune", {**dataclasses.asdict(options), **files})
+
+
+def _inputs_of(out: Path, options: FinetuneOptions, files: Mapping[str, Sequence[str]]) -> str:
+    """Return the digest that the version of deploykit which made the run at ``out`` gives to these inputs.
+
+    It did not know the options that were added since: they do not count if they have their defaults.
+    """
+    inputs = inputs_digest(options, files)
+    try:
+        manifest = artifacts.load_manifest(out, "checkpoint", verify=False)
+    except ArtifactError:
+        return inputs
+    values = dataclasses.asdict(options)
+    new = {
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name not in manifest.options and values[field.name] == field.default
+    }
+    left_out = [new]
+    if None not in manifest.options.values():
+        # Earlier manifests have no options of None: each of them may be new.
+        certain = {name for name in new if values[name] is not None}
+        left_out = [certain, *(certain | {name} for name in new - certain)]
+    found = (
+        artifacts.digest_of("finetune", {**{k: v for k, v in values.items() if k not in names}, **files})
+        for names in left_out
+    )
+    return next((digest for digest in found if digest == manifest.inputs), inputs)
 
 
 @contextmanager
