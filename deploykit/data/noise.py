@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from random import Random
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from deploykit.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class _Row(DataclassInstance, Protocol):
+        @property
+        def origin(self) -> str: ...
+
 
 SYNONYMS, MASK, BACK_TRANSLATION = "synonyms", "mask", "back-translation"
 """Noises that need a word list, a masked language model, or two translators."""
@@ -24,48 +32,81 @@ _NEIGHBOURS: Mapping[str, str] = {
 """Neighbouring keys on an English keyboard."""
 _MARKS = re.compile(r"[^\w\s]")
 _UNUSUAL = ("…", "!!", "??", " -", ";", "~")
+_WORD = re.compile(r"\S+")
+_SPACED_WORD = re.compile(r"\S+\s*")
 
 Noise = Callable[[str, float, Random], str]
+Row = TypeVar("Row", bound="_Row")
 
 
 def typos(text: str, rate: float, random: Random) -> str:
     """Mistype a letter in this share of the words: a neighbouring key, two letters swapped, one lost or doubled."""
-    return " ".join(_mistyped(word, random) if random.random() < rate else word for word in text.split())
+    return _each_word(text, rate, random, lambda word: _mistyped(word, random))
 
 
 def case(text: str, rate: float, random: Random) -> str:
     """Write this share of the words in the other case, in capitals or in lower case."""
-    return " ".join(
-        (word.lower() if word != word.lower() else word.upper()) if random.random() < rate else word
-        for word in text.split()
-    )
+    return _each_word(text, rate, random, lambda word: word.lower() if word != word.lower() else word.upper())
 
 
 def punctuation(text: str, rate: float, random: Random) -> str:
-    """Leave out this share of the marks, and add an unusual one after this share of the words."""
-    text = _MARKS.sub(lambda mark: "" if random.random() < rate else mark.group(), text)
-    return " ".join(word + random.choice(_UNUSUAL) if random.random() < rate else word for word in text.split())
+    """Leave out this share of the marks, but never a whole text, and add an unusual one after this share of the words."""
+    thinned = _MARKS.sub(lambda mark: "" if random.random() < rate else mark.group(), text)
+    return _each_word(thinned if thinned.strip() else text, rate, random, lambda word: word + random.choice(_UNUSUAL))
 
 
 def swap(text: str, rate: float, random: Random) -> str:
     """Swap this share of the words with the next one."""
-    words = text.split()
+    words = _WORD.findall(text)
     for i in range(len(words) - 1):
         if random.random() < rate:
             words[i], words[i + 1] = words[i + 1], words[i]
-    return " ".join(words)
+    swapped = iter(words)
+    return _WORD.sub(lambda _: next(swapped), text)
 
 
 def delete(text: str, rate: float, random: Random) -> str:
     """Delete this share of the words, but never all."""
-    words = text.split()
+    words = _SPACED_WORD.findall(text)
     kept = [word for word in words if random.random() >= rate]
-    return " ".join(kept or words[:1])
+    return "".join(kept or words[:1]).rstrip()
 
 
 NOISES: Mapping[str, Noise] = {
     "typos": typos, "case": case, "punctuation": punctuation, "swap": swap, "delete": delete,
 }  # fmt: skip
+
+
+def changed_copies(
+    rows: Sequence[Row], noises: Sequence[str], seed: int, rewrite: Callable[[str, float, Random], Iterable[Row]]
+) -> dict[str, list[Row]]:
+    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row.
+
+    ``rewrite`` returns all rows with the noise of a name, at a rate. The origin of a copy names the row and the noise:
+    "tweets.csv:17 with typos".
+    """
+    found = {}
+    for given in noises:
+        name, rate = parse_noise(given)
+        copies = rewrite(name, rate, Random(f"{seed} {name}"))
+        found[given] = [
+            dataclasses.replace(copy, origin=f"{row.origin} with {name}")
+            for row, copy in zip(rows, copies)
+            if copy != row
+        ]
+    return found
+
+
+def noisy_copies(
+    rows: Sequence[Row], noises: Sequence[str], seed: int, rewritten: Callable[[Row, Callable[[str], str]], Row]
+) -> dict[str, list[Row]]:
+    """Return ``changed_copies`` with noises of ``NOISES``. ``rewritten`` returns a row with its texts rewritten by a function."""
+
+    def rewrite(name: str, rate: float, random: Random) -> Iterator[Row]:
+        write = noisy(name, rate, random)
+        return (rewritten(row, write) for row in rows)
+
+    return changed_copies(rows, noises, seed, rewrite)
 
 
 def noisy(name: str, rate: float, random: Random) -> Callable[[str], str]:
@@ -91,34 +132,16 @@ def parse_noise(text: str) -> tuple[str, float]:
     return name, number
 
 
-class _HasOrigin(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def origin(self) -> str: ...
-
-
-Row = TypeVar("Row", bound=_HasOrigin)
+def check_noises(noises: Sequence[str], what: str) -> None:
+    """Raise UsageError for a noise that is not one of ``NOISES``; ``what`` are the texts that get it."""
+    for noise in noises:
+        if parse_noise(noise)[0] not in NOISES:
+            raise UsageError(f"--augment {noise} is for classification", f"{what} can have {', '.join(NOISES)}")
 
 
-def noisy_copies(
-    rows: Sequence[Row], noises: Sequence[str], seed: int, rewrite: Callable[[str, float, Random], Iterable[Row]]
-) -> dict[str, list[Row]]:
-    """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row.
-
-    ``rewrite`` returns all rows with the noise of a name, at a rate. The origin of a copy names the row and the noise:
-    "tweets.csv:17 with typos".
-    """
-    found = {}
-    for given in noises:
-        name, rate = parse_noise(given)
-        copies = rewrite(name, rate, Random(f"{seed} {name}"))
-        found[given] = [
-            dataclasses.replace(copy, origin=f"{row.origin} with {name}")
-            for row, copy in zip(rows, copies)
-            if copy != row
-        ]
-    return found
+def _each_word(text: str, rate: float, random: Random, write: Callable[[str], str]) -> str:
+    """Rewrite this share of the words; white space stays, as between the lines of a prompt."""
+    return _WORD.sub(lambda word: write(word.group()) if random.random() < rate else word.group(), text)
 
 
 def _mistyped(word: str, random: Random) -> str:

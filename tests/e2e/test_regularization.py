@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from killed_run import kill_at_step
 from safetensors.torch import load_file
+from tiny_answerer import write_checkpoint as write_answerer
+from tiny_answerer import write_squad
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploykit.bench import beside_teacher
@@ -104,6 +106,28 @@ def test_an_export_is_measured_beside_teacher_and_student(
     )
     assert (code, "teacher" in json.loads(printed)) == (0, False), err
     assert "not compared with its teacher" in err
+
+
+def test_an_answerers_export_is_measured_beside_its_teacher(
+    deploykit: Deploykit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside_teacher, "_SECONDS", 0.1)
+    teacher, rows = write_answerer(tmp_path / "teacher", sharp=True), write_squad(tmp_path / "rows.json", 20)
+    run, out = tmp_path / "student", tmp_path / "int8"
+    code, text, err = deploykit(
+        "finetune", "--task", "question-answering", "--teacher", teacher, "--student", "layers=1", "--train", rows,
+        "--max-length", 48, "--doc-stride", 12, "--max-steps", 4, "--distill-hidden", 1, "--output-dir", run,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "layers of the student learn the teacher's hidden states: 0 from 0" in err
+    assert "\nteacher\n" in text
+    assert "against teacher (paired bootstrap, 95 %): " in text
+    assert "`teacher` and its hidden states" in (run / "README.md").read_text()
+    code, text, err = deploykit("export", run, "--int8", "--max-drop", 100, "--output-dir", out)
+    assert code == 0, err
+    table = text[text.index("from the teacher") :].splitlines()[1:4]
+    assert [line.split(":")[0] for line in table] == ["teacher", "student", "export"]
+    assert (tmp_path / "int8.teacher.html").is_file()
 
 
 @pytest.mark.parametrize(

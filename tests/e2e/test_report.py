@@ -135,12 +135,11 @@ def test_translations_answers_and_generated_texts_have_reports(
         assert worst[0]["expected"] != worst[0]["answer"]
         assert [one[metric] for one in worst] == sorted(one[metric] for one in worst)
         assert report["drift"]["rows"] > 0
-        if metric != "token_f1":
-            assert [one["noise"] for one in report["robustness"]] == ["clean", "typos", "case", "punctuation"]
-            assert report["robustness"][0][metric] == pytest.approx(record["metrics"][metric])
-            low, high = report["robustness"][1]["intervals"][metric]
-            assert low <= report["robustness"][1][metric] <= high
-            assert "Robustness" in page.read_text(encoding="utf-8")
+        assert [one["noise"] for one in report["robustness"]] == ["clean", "typos", "case", "punctuation"]
+        assert report["robustness"][0][metric] == pytest.approx(record["metrics"][metric])
+        low, high = report["robustness"][1]["intervals"][metric]
+        assert low <= report["robustness"][1][metric] <= high
+        assert "Robustness" in page.read_text(encoding="utf-8")
         assert ("calibration" in report) == (metric != "chrf")
         low, high = record["metrics"]["intervals"][metric]
         assert low <= record["metrics"][metric] <= high

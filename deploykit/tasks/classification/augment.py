@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifacts import digest_of
-from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, noisy_copies, parse_noise
+from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, changed_copies, parse_noise
 from deploykit.data.synonyms import read_synonyms, replace_words
 from deploykit.errors import UsageError
 from deploykit.inspection import robustness as inspection
@@ -40,7 +40,7 @@ def augmented(
     rows: Sequence[Example], noises: Sequence[str], seed: int, rewriters: Mapping[str, Rewriter]
 ) -> dict[str, list[Example]]:
     """Return noise ("typos=0.1") -> a copy of each row with this noise, if it changes the row."""
-    return noisy_copies(rows, noises, seed, lambda name, rate, random: _noisy(rows, rewriters[name], rate, random))
+    return changed_copies(rows, noises, seed, lambda name, rate, random: _noisy(rows, rewriters[name], rate, random))
 
 
 @contextmanager

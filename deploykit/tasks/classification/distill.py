@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from deploykit.attribution.explain import log_odds
@@ -15,6 +17,8 @@ from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.opening import open_predictor
 from deploykit.tasks.registry import task_of
+from deploykit.training.checkpoint import max_tokens
+from deploykit.training.hidden_states import HiddenTeacher
 
 _AT_ONCE = 256
 
@@ -68,3 +72,32 @@ class Teacher:
         parts = [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
         found: NDArray[np.float32] = np.concatenate(parts)[:, self._order]
         return found
+
+
+def hidden_teacher(
+    teacher: TorchClassifier, student: TorchClassifier, texts: Sequence[str], kept: Sequence[int] = (), depth: int = 0
+) -> HiddenTeacher:
+    """Return the teacher of hidden states. ``texts`` are samples to compare both models' tokens on.
+
+    Raises UsageError for models that cannot be compared token by token.
+    """
+    limit = max_tokens(teacher.tokenizer, teacher.model.config)
+    if limit < student.task.max_length:
+        raise UsageError(
+            f"--distill-hidden: the teacher reads {limit} tokens, and the student {student.task.max_length}",
+            f"give --max-length {limit}",
+        )
+    as_student = dataclasses.replace(teacher.task, max_length=student.task.max_length)
+    encoded = student.encode(texts)
+    if (
+        teacher.task.pad_left != student.task.pad_left
+        or TorchClassifier(None, teacher.tokenizer, as_student).encode(texts).ids != encoded.ids
+        or (student.task.pair and teacher.task.token_types and not student.task.token_types)
+    ):
+        raise UsageError(
+            "--distill-hidden: teacher and student have different tokenizers, but are compared token by token",
+            "give two checkpoints with the same tokenizer, or leave it out",
+        )
+    inputs = {"input_ids": torch.tensor([encoded.ids[0]]), "attention_mask": torch.ones(1, len(encoded.ids[0]))}
+    types = teacher.task.token_types
+    return HiddenTeacher(teacher.model, student.model, inputs, takes_types=types, kept=kept, depth=depth)

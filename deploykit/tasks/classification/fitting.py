@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from transformers import Trainer
 
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.hidden_states import HiddenTeacher, states_of
 from deploykit.tasks.classification.losses import distillation, divergence, summed_loss
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.training import trainer
+from deploykit.training.hidden_states import HiddenTeacher
+from deploykit.training.losses import TaughtTrainer
 from deploykit.training.padding import padded
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
@@ -76,6 +76,9 @@ def fit(
     return trainer.run(
         _Fitting(
             options=options,
+            taught=lambda outputs, teacher: distillation(
+                task, outputs["logits"].float(), teacher, options.distill_temperature
+            ),
             hidden=hidden,
             model=model,
             args=trainer.arguments(
@@ -95,42 +98,9 @@ def fit(
     )
 
 
-class _Fitting(Trainer):  # type: ignore[misc]
-    """A Trainer that passes each batch twice for R-Drop, with different dropout, and adds the loss against a teacher."""
-
-    def __init__(self, *words: Any, options: ClassificationOptions, hidden: HiddenTeacher | None, **named: Any) -> None:
-        super().__init__(*words, **named)
-        self._options = options
-        self._hidden = hidden
-
+class _Fitting(TaughtTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return trainer.GroupedByLength(self.args, [len(ids) for ids in self.train_dataset.encoded.ids])
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        options, teacher = self._options, inputs.pop("teacher", None)
-        items = inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch
-        hidden = self._hidden if model.training else None
-        theirs = hidden.states(inputs) if hidden is not None else ()
-        passes = 2 if model.training and options.r_drop else 1
-        if passes == 2:
-            inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-        if hidden is not None:
-            inputs["output_hidden_states"] = True
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        share = 1 / (passes * items)
-        if num_items_in_batch is not None:  # over all processes, whose gradients are averaged
-            share = share * self.accelerator.num_processes
-        if teacher is not None:
-            logits, wanted = outputs["logits"].float(), teacher.repeat(passes, 1)
-            taught = share * distillation(self.train_dataset.task, logits, wanted, options.distill_temperature)
-            loss = (1 - options.distill_alpha) * loss + options.distill_alpha * taught
-        if hidden is not None:
-            theirs = [state.repeat(passes, 1, 1) for state in theirs]
-            apart = hidden.distance(states_of(outputs), theirs, inputs["attention_mask"])
-            loss = loss + options.distill_hidden * share * apart
-        return (loss, outputs) if return_outputs else loss
 
 
 def _logits(predictions: Any) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.training import losses
 
 
 def summed_loss(
@@ -24,36 +25,32 @@ def summed_loss(
     if task.regression:
         return functional.mse_loss(logits, labels, reduction="sum")
     if task.multi_label:
-        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        found = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         right = torch.where(labels > 0.5, logits, -logits).sigmoid()
     else:
-        losses = functional.cross_entropy(
+        found = functional.cross_entropy(
             logits, labels, weight=weights, label_smoothing=options.label_smoothing_factor, reduction="none"
         )
         right = logits.softmax(dim=-1).gather(1, labels[:, None])[:, 0]
     if options.focal_gamma:
-        losses = losses * (1 - right) ** options.focal_gamma
-    return losses.sum()
+        found = found * (1 - right) ** options.focal_gamma
+    return found.sum()
 
 
 def divergence(task: Classification, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the sum over rows of the divergence of two passes, for R-Drop (Wu et al., NeurIPS 2021): half of the
-    Kullback-Leibler divergences both ways; of numbers, the squared difference."""
+    """Return the sum over rows of the divergence of two passes, for R-Drop; of numbers, the squared difference."""
     if task.regression:
         return functional.mse_loss(first, second, reduction="sum")
     if task.multi_label:
         first, second = (torch.stack([logits, torch.zeros_like(logits)], dim=-1) for logits in (first, second))
-    a, b = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
-    return 0.5 * ((a.exp() - b.exp()) * (a - b)).sum()
+    return losses.divergence(first, second)
 
 
 def distillation(task: Classification, logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the sum over rows of the Kullback-Leibler divergence of the student from the teacher, both at
-    ``temperature``, times its square (Hinton et al., 2015); of numbers, the squared difference."""
+    """Return the sum over rows of the distance of the student from the teacher, both at ``temperature``; of numbers, the squared
+    difference."""
     if task.regression:
         return functional.mse_loss(logits, teacher, reduction="sum")
-    logits, teacher = logits / temperature, teacher / temperature
     if task.multi_label:
         logits, teacher = (torch.stack([each, torch.zeros_like(each)], dim=-1) for each in (logits, teacher))
-    ours, theirs = logits.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
-    return temperature**2 * functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return losses.soft_targets(logits, teacher, temperature)

@@ -57,7 +57,8 @@ class ClassificationOptions(FinetuneOptions):
     teacher: str | None = described(
         None,
         "Distillation: also learn from this model, a checkpoint, an export or a served model's name: its probabilities "
-        "(classification; text-generation, of a checkpoint), or the translations of its beam search (translation).",
+        "(classification; question-answering, not of a served model; text-generation, of a checkpoint), or the translations of "
+        "its beam search (translation).",
     )
     distill_alpha: float = described(0.5, "Share of the teacher in the loss; the labels have the other share.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
@@ -70,8 +71,9 @@ class ClassificationOptions(FinetuneOptions):
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
-        "punctuation, swap, delete (translation: of the source), and of classification synonyms, mask (other words by a "
-        "masked language model) and back-translation (a rate of the rows). Repeat for several.",
+        "punctuation, swap, delete (translation: of the source; question-answering: of the question; text-generation: of "
+        "what the user writes), and of classification synonyms, mask (other words by a masked language model) and "
+        "back-translation (a rate of the rows). Repeat for several.",
     )
     synonyms: str | None = described(
         None,

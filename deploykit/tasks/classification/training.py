@@ -19,11 +19,10 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
-from deploykit.tasks.classification.distill import Teacher
+from deploykit.tasks.classification.distill import Teacher, hidden_teacher
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
-from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.recipe import Facts, choose, kind_of
@@ -43,7 +42,10 @@ from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
 from deploykit.tasks.classification.unusual_labels import label_doubts, refuse_lone_labels
 from deploykit.training import processes, trainer
+from deploykit.training.augmentation import usable_copies
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.hidden_states import check_projection
+from deploykit.training.losses import check_dropout
 from deploykit.training.recipe import ChosenValue, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers, layer_count
@@ -53,8 +55,6 @@ Answered = tuple[NDArray[Any], NDArray[np.float32]]
 """Truth and scores of rows."""
 _LOG = logging.getLogger(__name__)
 _CALIBRATION_ROWS = 512
-_SAMPLES = 2
-"""Number of copies of each noise that are shown."""
 _TRIED_TEXTS = 8
 _MEASURED_ROWS = 2000
 """Number of training rows whose lengths are measured."""
@@ -220,16 +220,13 @@ class ClassificationStage:
             say(f"{full:,} texts have {task.max_length} tokens or more: what is beyond is not read (--max-length)")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
+        if self._options.r_drop:
+            check_dropout(model, "add --dropout 0.1")
         hidden = None
         if teacher is not None and self._options.distill_hidden:
             texts = [row.asked for row in evenly(rows.splits["train"], _TRIED_TEXTS)]
-            hidden = HiddenTeacher(teacher.checkpoint(), classifier, texts, self._kept, self._depth)
-            if hidden.projects and self._options.lora_r:
-                raise UsageError(
-                    "--distill-hidden projects the student's hidden states to the width of the teacher's, and --lora-r "
-                    "trains an adapter alone",
-                    "leave one out",
-                )
+            hidden = hidden_teacher(teacher.checkpoint(), classifier, texts, self._kept, self._depth)
+            check_projection(hidden, self._options.lora_r)
             say(hidden.told())
         model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say, hidden)
         if hidden is not None:
@@ -259,13 +256,12 @@ class ClassificationStage:
         held_out = [*rows.splits["validation"], *rows.splits["test"]]
         with rewriters(options, work, say) as known:
             found = augmented(rows.splits["train"], options.augment, options.seed, known)
-        for noise, copies in found.items():
-            found[noise], leaks = drop_leaks(copies, held_out)
-            told = f", {leaks:,} dropped: the same text is held out" if leaks else ""
-            say(f"{noise}: {len(found[noise]):,} copies of training rows{told}")
-            for row in evenly(found[noise], _SAMPLES):
-                say(f"  {row.origin}: {row.text}{'' if row.text_pair is None else f' | {row.text_pair}'}")
-        return found
+        return usable_copies(
+            found,
+            lambda copies: drop_leaks(copies, held_out),
+            lambda row: f"{row.origin}: {row.text}{'' if row.text_pair is None else f' | {row.text_pair}'}",
+            say,
+        )
 
     def _train_rounded(
         self,

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import UsageError
+from deploykit.metric_titles import compared_lines, models_of
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswering, as_text, from_text
@@ -190,7 +191,9 @@ class _QuestionAnswering:
 
     def result(self, facts: QuestionAnswering, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         record = {"whole_words": facts.whole_words, "no_answer_threshold": facts.no_answer_threshold}
-        return record, self.metrics_text({"": metrics[held_out]}) if held_out else ""
+        if not held_out:
+            return record, ""
+        return record, "\n".join([self.metrics_text(models_of(metrics, held_out)), *compared_lines(metrics)])
 
     def describe(self, facts: QuestionAnswering) -> str:
         threshold = facts.no_answer_threshold

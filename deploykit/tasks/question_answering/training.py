@@ -9,26 +9,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import Trainer
 
+from deploykit.bootstrap import Measure, differences
+from deploykit.data.noise import noisy_copies
+from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, check_model, facts_of
 from deploykit.tasks.question_answering.clean import CleaningReport, clean
+from deploykit.tasks.question_answering.distill import (
+    distillation,
+    hidden_teacher,
+    logits_of,
+    open_teacher,
+    stacked,
+)
+from deploykit.tasks.question_answering.evaluate import found_for
 from deploykit.tasks.question_answering.facts import HEAD, QuestionAnswering
-from deploykit.tasks.question_answering.metrics import answer_metrics, is_chinese
+from deploykit.tasks.question_answering.metrics import answer_metrics, is_chinese, measure_of
+from deploykit.tasks.question_answering.noise import noisy_question
 from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
+from deploykit.tasks.question_answering.predictor import Answerer
 from deploykit.tasks.question_answering.rows import Example, RawRow, read_rows
 from deploykit.tasks.question_answering.split import drop_leaks, split, take
 from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
 from deploykit.training import trainer
+from deploykit.training.augmentation import usable_copies
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens
+from deploykit.training.hidden_states import HiddenTeacher, check_projection
+from deploykit.training.losses import TaughtTrainer, check_dropout, divergence
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Rows, Say
+from deploykit.training.student import keep_layers, layer_count
 from deploykit.training.trainer import Trained
 from deploykit.training.weights import Loaded
+
+_TRIED_EXAMPLES = 8
+"""Number of questions that a student's and a teacher's tokens are compared on."""
 
 
 class QuestionAnsweringStage:
@@ -38,6 +59,8 @@ class QuestionAnsweringStage:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
         self._config = config = load_config(options.origin)
+        self._kept: list[int] = []
+        self._depth = 0
         limit = max_tokens(self._tokenizer, config)
         if options.max_length > limit:
             raise UsageError(
@@ -70,32 +93,70 @@ class QuestionAnsweringStage:
 
     def train(self, rows: Rows[Example, tuple[()]], work: Path, say: Say) -> Trained:
         options = self._options
-        loaded = self._model()
+        loaded = self._model(say)
         model = loaded.model
         answerer = TorchAnswerer(model, self._tokenizer, self._task(model, rows.splits["train"]))
         check_model(answerer, options.origin)
-        for examples in rows.splits.values():
+        noisy = self._noisy(rows, say)
+        learned = [*rows.splits["train"], *(example for copies in noisy.values() for example in copies)]
+        for examples in (learned, rows.splits["validation"], rows.splits["test"]):
             check_room(answerer.tokenizer, examples, answerer.task.doc_stride)
-        labelled = label_windows(answerer.tokenizer, rows.splits["train"])
-        train_set = LabelledWindows(labelled.windows, labelled.labels, answerer)
+        labelled = label_windows(answerer.tokenizer, learned)
+        teacher = taught = None
+        if options.teacher is not None:
+            teacher = open_teacher(options.teacher, answerer, evenly(rows.splits["train"], _TRIED_EXAMPLES))
+            say(f"reading {len(labelled.windows):,} windows with the teacher")
+            taught = logits_of(teacher, labelled.windows)
+        train_set = LabelledWindows(labelled.windows, labelled.labels, answerer, taught)
         say(
-            f"training on {len(rows.splits['train']):,} questions in {len(train_set):,} windows, {labelled.without:,} of "
+            f"training on {len(learned):,} questions in {len(train_set):,} windows, {labelled.without:,} of "
             f"them without the answer; validating on {len(rows.splits['validation']):,}"
         )
         if options.lora_r:
             model = trainer.with_adapter(model, options, "QUESTION_ANS", loaded.new)
+        if options.r_drop:
+            check_dropout(model, "add --dropout 0.1")
+        hidden = None
+        if teacher is not None and options.distill_hidden:
+            hidden = hidden_teacher(teacher, model, labelled.windows[0], self._kept, self._depth)
+            check_projection(hidden, options.lora_r)
+            say(hidden.told())
         answerer = TorchAnswerer(model, self._tokenizer, answerer.task)
-        model = _train(answerer, train_set, rows.splits["validation"], options, work, say)
+        model = _train(answerer, train_set, rows.splits["validation"], options, work, say, hidden)
+        if hidden is not None:
+            hidden.detach(model)
         say("measuring on the held-out rows")
         task = self._decided(TorchAnswerer(model, self._tokenizer, answerer.task), rows, say)
-        answerer = TorchAnswerer(model, self._tokenizer, task)
-        metrics = {name: measure(answerer, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
+        metrics, own = _measured(TorchAnswerer(model, self._tokenizer, task), rows)
+        if teacher is not None:
+            metrics["teacher"], theirs = _measured(teacher, rows)
+            if shown := rows.held_out:
+                compared = differences(own[shown], theirs[shown], len(rows.splits[shown]))
+                metrics["differences"] = {"teacher": compared}
+            teacher.close()
+        if noisy:
+            metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
         return Trained(task, model, self._tokenizer, metrics)
 
-    def _model(self) -> Loaded:
+    def _noisy(self, rows: Rows[Example, tuple[()]], say: Say) -> dict[str, list[Example]]:
+        """Return noise -> copies of the training questions with it. Their contexts are not held out, so neither are they."""
+        return usable_copies(
+            noisy_copies(rows.splits["train"], self._options.augment, self._options.seed, noisy_question),
+            lambda copies: (list(copies), 0),
+            lambda example: f"{example.origin}: {example.question}",
+            say,
+        )
+
+    def _model(self, say: Say) -> Loaded:
         options = self._options
         dropouts = options.dropout_config(self._config)
-        return load_for_training(options.origin, QuestionAnswering.name, **HEAD, **dropouts)
+        loaded = load_for_training(options.origin, QuestionAnswering.name, **HEAD, **dropouts)
+        if options.student_layers:
+            self._depth = layer_count(loaded.model)
+            student, self._kept = keep_layers(loaded.model, options.student_layers)
+            say(f"the student has the layers {self._kept} of {options.origin}, from 0")
+            return dataclasses.replace(loaded, model=student)
+        return loaded
 
     def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:
         options = self._options
@@ -186,17 +247,25 @@ def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labe
 
 
 class LabelledWindows(Dataset):  # type: ignore[misc]
-    """A dataset of labelled windows, padded per batch by ``collate``."""
+    """A dataset of labelled windows, padded per batch by ``collate``. ``teacher``, float32 [2, tokens] for each window, are start and
+    end logits to learn from."""
 
-    def __init__(self, windows: Sequence[Window], labels: Sequence[tuple[int, int]], answerer: TorchAnswerer) -> None:
-        self.windows, self.labels, self._task = windows, labels, answerer.task
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        labels: Sequence[tuple[int, int]],
+        answerer: TorchAnswerer,
+        teacher: Sequence[NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.windows, self.labels, self._task, self._teacher = windows, labels, answerer.task, teacher
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         window = self.windows[row]
-        return {"input_ids": window.ids, "types": window.types, "label": self.labels[row]}
+        taught = {} if self._teacher is None else {"teacher": self._teacher[row]}
+        return {"input_ids": window.ids, "types": window.types, "label": self.labels[row], **taught}
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -213,10 +282,12 @@ class LabelledWindows(Dataset):  # type: ignore[misc]
         }
         if self._task.token_types:
             batch["token_type_ids"] = tensor("types", 0)
+        if self._teacher is not None:
+            batch["teacher"] = stacked([row["teacher"] for row in rows])
         return batch
 
 
-class _Trainer(Trainer):  # type: ignore[misc]
+class _Trainer(TaughtTrainer):
     """A Trainer whose evaluation answers the validation questions as the served model will."""
 
     def __init__(self, *, measure: Callable[[Any], dict[str, float]], **arguments: Any) -> None:
@@ -242,6 +313,7 @@ def _train(
     options: QuestionAnsweringOptions,
     work: Path,
     say: Say,
+    hidden: HiddenTeacher | None,
 ) -> Any:
     """Return the model as it was at its best evaluation, if there are any: highest F1, among equals the highest exact
     match."""
@@ -257,6 +329,9 @@ def _train(
     return trainer.run(
         _Trainer(
             measure=evaluate,
+            options=options,
+            taught=lambda outputs, teacher: distillation(outputs, teacher, options.distill_temperature),
+            hidden=hidden,
             model=answerer.model,
             args=trainer.arguments(
                 options,
@@ -276,22 +351,34 @@ def _train(
 
 def _loss(options: QuestionAnsweringOptions) -> Callable[..., torch.Tensor]:
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        twice = bool(options.r_drop and torch.is_grad_enabled())
         # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
-        total = sum(
-            functional.cross_entropy(
-                logits.float(), labels[:, i], label_smoothing=options.label_smoothing_factor, reduction="sum"
+        items = num_items_in_batch if num_items_in_batch is not None else labels.numel() // (1 + twice)
+        total = torch.zeros((), device=labels.device)
+        for i, logits in enumerate((outputs["start_logits"].float(), outputs["end_logits"].float())):
+            own = functional.cross_entropy(
+                logits, labels[:, i], label_smoothing=options.label_smoothing_factor, reduction="sum"
             )
-            for i, logits in enumerate((outputs["start_logits"], outputs["end_logits"]))
-        )
-        return torch.as_tensor(total / items)
+            total = total + (own / 2 + options.r_drop * divergence(*logits.chunk(2)) if twice else own)
+        return total / items
 
     return loss
 
 
-def measure(answerer: TorchAnswerer, examples: Sequence[Example]) -> dict[str, Any]:
+def measure(answerer: Answerer, examples: Sequence[Example]) -> dict[str, Any]:
     """Answer questions and compare."""
     return answer_metrics(answerer.task, answerer.find([(e.question, e.context) for e in examples]), examples)
+
+
+def _measured(answerer: Answerer, rows: Rows[Example, tuple[()]]) -> tuple[dict[str, Any], dict[str, Measure]]:
+    """Return the metrics of each held-out split, and the same as functions of the rows' weights."""
+    metrics, measures = {}, {}
+    for name in ("validation", "test"):
+        if examples := rows.splits[name]:
+            found = found_for(answerer, [(e.question, e.context) for e in examples], lambda done, of: None)
+            metrics[name] = answer_metrics(answerer.task, found, examples)
+            measures[name] = measure_of(answerer.task, found, examples)
+    return metrics, measures
 
 
 def _selected(metrics: Mapping[str, Any]) -> float:

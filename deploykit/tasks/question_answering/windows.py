@@ -118,6 +118,10 @@ class PairTokenizer:
             raise ArtifactError(f"{path}: is not a tokenizer: {error}", "copy the tokenizer again") from error
         return cls(tokenizer, task)
 
+    def for_task(self, task: QuestionAnswering) -> PairTokenizer:
+        """Return the same tokenizer for a model with other facts."""
+        return PairTokenizer(self._tokenizer, task)
+
     @property
     def marks_no_answer(self) -> bool:
         """Whether windows begin with a special token, which stands for "no answer"."""

@@ -198,17 +198,19 @@ def _side_by_side(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
         yield part
 
 
-def load_base(source: str) -> Any:
-    """Return the model of a checkpoint folder, hub id or GGUF file, in fp32 and eval mode."""
+def load_base(source: str, **config: Any) -> Any:
+    """Return the model of a checkpoint folder, hub id or GGUF file, in fp32 and eval mode; ``config`` overrides its configuration."""
     if not source.endswith(".gguf"):
-        return load_model(source, TextGeneration.name)
+        return load_model(source, TextGeneration.name, **config)
     with _reading_gguf(source) as (folder, file):
         read = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager"
         )
     # The weights are plain fp32 by now, but the configuration still says GGUF, and then nothing can be saved.
-    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    model = type(read)._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    model = type(read)._from_config(
+        type(read.config)(**{**settings, **config}), attn_implementation="eager", dtype=torch.float32
+    )
     missing, unexpected = model.load_state_dict(read.state_dict(), strict=False)
     if unexpected or any("rotary" not in name and "lm_head" not in name for name in missing):
         raise ArtifactError(f"{source}: weights are missing or unknown: {[*missing, *unexpected][:3]}", "copy it again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.checkpoint import load_base_config, load_base_tokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.packing import IGNORED
+from deploykit.training.losses import in_parts, soft_targets
 from deploykit.training.source import check_source
-
-_LOGITS_AT_ONCE = 1 << 23
-"""Number of logits of a teacher at a time, so that memory does not grow with batch and vocabulary: 32 MB in fp32."""
 
 
 class Teacher:
@@ -39,6 +37,7 @@ class Teacher:
         self.model.to(logits.device)
         with torch.no_grad():
             states = self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, positions].flatten(0, 1)
+            states = states.repeat(len(logits) // max(1, len(states)), 1)  # R-Drop passes each row twice
 
         def loss_of(ours: torch.Tensor, own: slice) -> torch.Tensor:
             known = targets[own] != IGNORED
@@ -47,40 +46,15 @@ class Teacher:
                 theirs = self._logits(states[own])
             # Beyond the tokenizer's tokens a model may have more embeddings than another.
             most = min(ours.shape[-1], theirs.shape[-1])
-            soft, wanted = ((each[:, :most] / temperature).log_softmax(dim=-1) for each in (ours, theirs))
-            taught = functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(dim=-1)[known].sum()
-            return (1 - self._share) * tokens + self._share * temperature**2 * taught
+            taught = soft_targets(ours[known, :most], theirs[known, :most], temperature)
+            return (1 - self._share) * tokens + self._share * taught
 
-        found: torch.Tensor = _InParts.apply(logits, loss_of)
-        return found
+        return in_parts(logits, loss_of)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(states).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * (logits / cap).tanh()
-
-
-class _InParts(torch.autograd.Function):  # type: ignore[misc]
-    """A sum over rows that also computes its gradient, so that the memory of each part is freed before the next."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, loss_of: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
-        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-        rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
-        for first in range(0, len(logits), rows):
-            own = slice(first, first + rows)
-            with torch.enable_grad():
-                part = logits[own].detach().float().requires_grad_()
-                loss = loss_of(part, own)
-                [gradient[own]] = torch.autograd.grad(loss, part)
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upper: torch.Tensor) -> tuple[torch.Tensor, None]:
-        [gradient] = ctx.saved_tensors
-        return gradient.mul_(upper), None
 
 
 def check_teacher(teacher: str, tokenizer: Any, facts: TextGeneration, max_length: int) -> None:

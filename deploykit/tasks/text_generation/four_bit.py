@@ -24,10 +24,10 @@ def check_four_bit() -> None:
         raise UsageError("--load-in-4bit needs bitsandbytes", "pip install 'deploykit[qlora]'")
 
 
-def load_four_bit(source: str) -> Any:
+def load_four_bit(source: str, **config: Any) -> Any:
     """Return the model of a checkpoint folder or hub id with linear layers in NF4, ready for an adapter.
 
-    The head and the embeddings keep their precision, and norms are fp32.
+    ``config`` overrides its configuration. The head and the embeddings keep their precision, and norms are fp32.
     """
     from peft import prepare_model_for_kbit_training
 
@@ -39,6 +39,7 @@ def load_four_bit(source: str) -> Any:
             dtype="auto",
             trust_remote_code=False,
             device_map={"": _device()},
+            **config,
         )
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

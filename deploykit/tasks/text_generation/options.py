@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast, get_args
 
+from deploykit.data.noise import check_noises
 from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.encode import LossOn, OnLong
@@ -57,6 +58,8 @@ class TextGenerationOptions(FinetuneOptions):
     teacher: str | None = None
     distill_alpha: float = 0.5
     distill_temperature: float = 2.0
+    augment: tuple[str, ...] = ()
+    r_drop: float = 0.0
     student_layers: int = described(0, hidden=True)
     eval_rows: int = 32
     held_out_rows: int = 500
@@ -70,6 +73,7 @@ class TextGenerationOptions(FinetuneOptions):
         "show_rows": (0, 1000),
         "lora_dropout": (0, 0.99),
         "neftune_noise_alpha": (0, 1000),
+        "r_drop": (0, 100),
         "distill_alpha": (0, 1),
         "distill_temperature": (0.01, 100),
         "student_layers": (0, 1000),
@@ -106,9 +110,12 @@ class TextGenerationOptions(FinetuneOptions):
                 raise UsageError(f"{flag(name)} is {getattr(self, name)!r}", f"give {', '.join(get_args(kind))}")
         if self.label_smoothing_factor:
             raise UsageError("--label-smoothing-factor is not for --task text-generation", "leave it out")
-        for name in ("dropout", "attention_dropout"):
-            if getattr(self, name) is not None:
-                raise UsageError(f"{flag(name)} is not for --task text-generation", "leave it out")
+        check_noises(self.augment, "prompts")
+        if self.augment and self.loss_on == "all":
+            raise UsageError(
+                "--augment changes prompts, and with --loss-on all the model would learn to write them",
+                "leave one out",
+            )
 
     @property
     def unset(self) -> tuple[str, ...]:

@@ -12,19 +12,25 @@ from numpy.typing import NDArray
 
 from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
+from deploykit.data.sample import evenly
 from deploykit.errors import DataError
 from deploykit.inspection.drift import drift
 from deploykit.inspection.reliability import calibration
+from deploykit.inspection.robustness import Noisy, robustness
 from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, common_slices, sliced
 from deploykit.inspection.worst_rows import worst_rows
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.text_generation.encode import EncodedRow
-from deploykit.tasks.text_generation.evaluate import evaluation, measure_file
+from deploykit.tasks.text_generation.evaluate import Measured, ask, evaluation, measure_file, measure_rows
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
 from deploykit.tasks.text_generation.metrics import answer_measure, exact_match, scored_measure, token_f1
+from deploykit.tasks.text_generation.noise import noisy_prompt
 from deploykit.tasks.types import ReportOptions
+
+_ROBUST_ROWS = 100
+"""Maximum rows whose prompts are answered with noise, three times each."""
 
 Numbers = NDArray[np.float64]
 
@@ -40,7 +46,7 @@ def report(
     options: ReportOptions,
     progress: Progress,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Measure, and return the analysis: slices and worst rows, for rows with a prompt also calibration; with
+    """Measure, and return the analysis: slices and worst rows, for rows with a prompt also robustness and calibration; with
     ``options.against`` drift.
 
     Raises UsageError for a served model, DataError for a column to slice by that the rows do not have.
@@ -90,6 +96,7 @@ def report(
         confidence = _confidence(generator, measured.some.prompts, answers)
         exact = np.array([exact_match(a.text, r) for a, r in zip(answers, references)])
         overlap = np.array([token_f1(a.text, r) for a, r in zip(answers, references)])
+        record["robustness"] = _robustness(generator, measured, sampling, columns, names)
         own_rows = [row for row in rows if row.text is None]
         record["calibration"] = calibration(confidence, exact)
         record["worst"] = worst_rows(
@@ -105,6 +112,22 @@ def report(
             [row.prompt for row in rows], texts, _properties(generator, measured.some.prompts, answers, texts, sampling)
         )
     return evaluated, record
+
+
+def _robustness(
+    generator: LocalGenerator, measured: Measured, sampling: Sampling, columns: Mapping[str, Any], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Measure some rows as they are, and with noise in their prompts."""
+    asking = [i for i, row in enumerate(measured.asked.rows) if row.text is None]
+    some = evenly(asking, _ROBUST_ROWS)
+    rows = [measured.asked.rows[i] for i in some]
+
+    def noisy(rewrite: Noisy) -> Mapping[str, Any]:
+        asked, _ = ask(generator.tokenizer, [noisy_prompt(row, rewrite) for row in rows], generator.task.max_length)
+        regex, syntax = columns.get("answer_regex"), columns.get("syntax")
+        return measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax).metrics()
+
+    return robustness(measured.at(some).metrics(), noisy, names)
 
 
 def _confidence(generator: LocalGenerator, prompts: Sequence[Sequence[int]], answers: Sequence[Generated]) -> Numbers:

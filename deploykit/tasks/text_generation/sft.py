@@ -38,6 +38,7 @@ from deploykit.tasks.text_generation.packing import (
     row_tokens,
 )
 from deploykit.training import processes, trainer
+from deploykit.training.losses import check_dropout, token_divergence
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
 
@@ -82,6 +83,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         validation: DataLoader[Any],
         answers: SampleAnswers | None,
         teacher: Teacher | None,
+        r_drop: float,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -92,6 +94,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self._validation = validation
         self._answers = answers
         self._teacher = teacher
+        self._r_drop = r_drop
         self._seen_tokens, self._since = 0, time.monotonic()
 
     def get_train_dataloader(self) -> Any:
@@ -101,7 +104,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         self._seen_tokens += row_tokens(inputs)
-        total, count = supervised_loss(model, inputs, self._teacher)
+        total, count = supervised_loss(model, inputs, self._teacher, self._r_drop if model.training else 0.0)
         items = count if num_items_in_batch is None else num_items_in_batch
         loss = total / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -137,23 +140,29 @@ class SftTrainer(Trainer):  # type: ignore[misc]
 
 
 def supervised_loss(
-    model: Any, inputs: Mapping[str, torch.Tensor], teacher: Teacher | None = None
+    model: Any, inputs: Mapping[str, torch.Tensor], teacher: Teacher | None = None, r_drop: float = 0.0
 ) -> tuple[torch.Tensor, int]:
     """Return the summed loss of all supervised tokens, with what a teacher adds, and how many they are.
 
-    ``inputs`` is a batch of ``pack`` or ``pad``.
+    ``inputs`` is a batch of ``pack`` or ``pad``. With ``r_drop``, the weight of the divergence of two passes with different
+    dropout (R-Drop), the loss is their mean.
     """
     labels = inputs["labels"][:, 1:]
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     positions = (labels != IGNORED).any(0).nonzero()[:, 0]
-    logits = model(**rest, logits_to_keep=positions, use_cache=False).logits
     targets = labels[:, positions].flatten()
-    logits = logits.flatten(0, 1)
+    known = targets != IGNORED
+    passes = 2 if r_drop else 1
+    batch = {name: torch.cat([value] * passes) for name, value in rest.items()}
+    logits = model(**batch, logits_to_keep=positions, use_cache=False).logits.flatten(0, 1)
+    wanted = torch.cat([targets] * passes)
     if teacher is None:
-        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        loss = functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
     else:
-        loss = teacher.loss(logits, targets, rest, positions)
-    return loss, int((targets != IGNORED).sum())
+        loss = teacher.loss(logits, wanted, rest, positions)
+    if r_drop:
+        loss = loss / 2 + r_drop * token_divergence(logits, known)
+    return loss, int(known.sum())
 
 
 def train(
@@ -166,7 +175,7 @@ def train(
     "evaluations", with the validation loss at each; both by "step".
     """
     attention = model.config._attn_implementation
-    base = load_four_bit(options.origin) if options.load_in_4bit else model
+    base = load_four_bit(options.origin, **options.dropout_config(model.config)) if options.load_in_4bit else model
     sft = sft_trainer(base, rows, validation, facts, options, work, say, answers, teacher)
     result = trainer.run(sft)
     if options.load_in_4bit:
@@ -201,6 +210,8 @@ def sft_trainer(
     trained = model
     if options.adapts:
         trained = with_adapter(model, options, say)
+    if options.r_drop and not options.neftune_noise_alpha:
+        check_dropout(trained, "add --attention-dropout 0.1, or --lora-r 8, whose adapter has --lora-dropout")
     if options.gradient_checkpointing:
         # Its name before transformers 5.23 is deprecated.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -218,6 +229,7 @@ def sft_trainer(
         validation=DataLoader(EncodedRows(validation), batch_sampler=held_out, collate_fn=collate),
         answers=answers if processes.is_first() else None,
         teacher=teacher,
+        r_drop=options.r_drop,
         train_dataset=EncodedRows(rows),
         eval_dataset=EncodedRows(validation),
         data_collator=collate,

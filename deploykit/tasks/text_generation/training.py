@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.data.noise import noisy_copies
 from deploykit.errors import DataError, UsageError
 from deploykit.freed_memory import keep_memory
 from deploykit.tasks.text_generation.adapter import read_adapter
@@ -38,11 +39,13 @@ from deploykit.tasks.text_generation.encode import EncodedRow, fit
 from deploykit.tasks.text_generation.evaluate import EvaluationRows, Measured, ask, measure_rows, room_for
 from deploykit.tasks.text_generation.four_bit import check_four_bit
 from deploykit.tasks.text_generation.generator import RowScore
+from deploykit.tasks.text_generation.noise import noisy_prompt
 from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
-from deploykit.tasks.text_generation.sft import SampleAnswers, train
+from deploykit.tasks.text_generation.sft import SampleAnswers, shortened, train
 from deploykit.training import processes
+from deploykit.training.augmentation import usable_copies
 from deploykit.training.recipe import ChosenValue, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers
@@ -64,6 +67,7 @@ class TextGenerationStage:
         if options.load_in_4bit:
             check_four_bit()
         config, generation = load_base_config(options.origin)
+        self._dropouts = options.dropout_config(config)
         self.hf_tokenizer = load_base_tokenizer(options.origin)
         self._added = []
         if options.chat_template is not None:
@@ -127,7 +131,8 @@ class TextGenerationStage:
         options = self._options
         columns = rows.columns
         say(f"format: {columns.told()}")
-        train_set = self.encoded(rows.splits["train"])
+        noisy = self._noisy(rows, say)
+        train_set = self.encoded([*rows.splits["train"], *(row for copies in noisy.values() for row in copies)])
         for row in train_set[: options.show_rows]:
             say(f"a row as the model reads it, with supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
@@ -140,7 +145,7 @@ class TextGenerationStage:
                 "the chat template so that the prompt ends with a special token or a line break, not with a space"
             )
         keep_memory()  # each token that is answered copies the caches of all rows
-        model = load_base(options.origin)
+        model = load_base(options.origin, **self._dropouts)
         self._fit_vocabulary(model)
         tokenizer = self.hf_tokenizer
         facts = checkpoint_facts(
@@ -204,6 +209,8 @@ class TextGenerationStage:
         metrics["history"] = history
         metrics["questions"] = [{"prompt": row.prompt, "reference": row.answer} for row in with_answers]
         metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
+        if noisy:
+            metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
         metrics["samples"] = []
         if taught is not None:
             metrics["teacher"] = {shown: taught["metrics"]}
@@ -213,6 +220,19 @@ class TextGenerationStage:
         title = f"{Path(options.origin).name}, fine-tuned"
         return Trained(
             facts, model, tokenizer, metrics, write_page=lambda run: write_run_page(title, metrics, run / FILE)
+        )
+
+    def _noisy(self, rows: Rows[Row, Columns], say: Say) -> dict[str, list[Row]]:
+        """Return noise -> copies of the training rows with it in the prompts; none of them has the prompt of a held-out row."""
+        options = self._options
+        if options.augment and not any(row.messages for row in rows.splits["train"]):
+            raise UsageError("--augment adds noise to prompts, and plain texts have none", "leave it out")
+        held_out = [*rows.splits["validation"], *rows.splits["test"]]
+        return usable_copies(
+            noisy_copies(rows.splits["train"], options.augment, options.seed, noisy_prompt),
+            lambda copies: drop_leaks(copies, held_out),
+            lambda row: f"{row.origin}: {shortened(row.prompt)}",
+            say,
         )
 
     def encoded(self, rows: Sequence[Row]) -> list[EncodedRow]:

@@ -40,7 +40,7 @@ from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.tasks.one_by_one import answer_each
+from deploykit.tasks.answer_each import answer_each
 from deploykit.tasks.translation.calibration import activations_of, calibrate
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs

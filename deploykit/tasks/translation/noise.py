@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
-from random import Random
+from collections.abc import Callable
 
-from deploykit.data.noise import noisy, noisy_copies
 from deploykit.tasks.translation.metrics import PLACEHOLDER
 from deploykit.tasks.translation.rows import Pair
 
 _KEPT = re.compile(rf"((?:\S*(?:{PLACEHOLDER.pattern})\S*)|>>[^<>\s]+<<)", re.VERBOSE)
 
 
+def noisy_pair(pair: Pair, noise: Callable[[str], str]) -> Pair:
+    """Return a pair with noise in its source."""
+    return dataclasses.replace(pair, source=noisy_source(pair.source, noise))
+
+
 def noisy_source(text: str, noise: Callable[[str], str]) -> str:
     """Return ``text`` with noise in all words but those that hold a placeholder, and a target code (>>fra<<)."""
     return "".join(part if i % 2 else _within(part, noise) for i, part in enumerate(_KEPT.split(text)))
-
-
-def noisy_pairs(pairs: Sequence[Pair], noises: Sequence[str], seed: int) -> dict[str, list[Pair]]:
-    """Return noise ("typos=0.1") -> a copy of each pair with this noise in the source, if it changes the source."""
-
-    def rewrite(name: str, rate: float, random: Random) -> Iterator[Pair]:
-        write = noisy(name, rate, random)
-        return (dataclasses.replace(pair, source=noisy_source(pair.source, write)) for pair in pairs)
-
-    return noisy_copies(pairs, noises, seed, rewrite)
 
 
 def _within(part: str, noise: Callable[[str], str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from deploykit.data.noise import NOISES, parse_noise
+from deploykit.data.noise import check_noises
 from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.translation.facts import Translation
@@ -40,6 +40,7 @@ class TranslationOptions(FinetuneOptions):
         ("replace", "join"),
     )
     augment: tuple[str, ...] = ()
+    r_drop: float = 0.0
     student_layers: int = described(0, hidden=True)
     student_decoder_layers: int = described(0, hidden=True)
     eval_rows: int = described(
@@ -56,6 +57,7 @@ class TranslationOptions(FinetuneOptions):
         "vocabulary": (0, 1_000_000),
         "batch_tokens": (16, 10_000_000),
         "num_beams": (1, 64),
+        "r_drop": (0, 100),
         "student_layers": (0, 1000),
         "student_decoder_layers": (0, 1000),
         "eval_rows": (1, 1_000_000),
@@ -94,11 +96,7 @@ class TranslationOptions(FinetuneOptions):
         if self.from_config is not None and self.lora_r:
             raise UsageError("--lora-r is for a checkpoint", "leave it out: with --from-config all weights are new")
         self.refuse_without("teacher", "distill_targets")
-        for noise in self.augment:
-            if parse_noise(noise)[0] not in NOISES:
-                raise UsageError(
-                    f"--augment {noise} is for classification", f"a translator's sources can have {', '.join(NOISES)}"
-                )
+        check_noises(self.augment, "a translator's sources")
         if (self.student_layers or self.student_decoder_layers) and (self.lora_r or self.from_config is not None):
             other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
             raise UsageError(f"--student keeps some layers of a checkpoint, and {other}", "leave one out")

@@ -20,6 +20,7 @@ from deploykit.tasks.translation.metrics import bleu_and_chrf
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.pairs import Pair
 from deploykit.training import processes, trainer
+from deploykit.training.losses import TaughtTrainer, check_dropout, token_divergence
 from deploykit.training.padding import padded
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
@@ -104,7 +105,7 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
         yield start, len(lengths)
 
 
-class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
+class TranslationTrainer(TaughtTrainer, Seq2SeqTrainer):  # type: ignore[misc]
     """A Seq2SeqTrainer whose batches are limited by tokens, so that short texts make larger batches."""
 
     def __init__(self, *, batches: TokenBatches, **arguments: Any) -> None:
@@ -126,6 +127,8 @@ def train_model(
     """Train, and return the model of the best evaluation if there were any: highest chrF of greedy search, among equals
     the lowest loss."""
     model, task = translator.model, translator.task
+    if options.r_drop:
+        check_dropout(model, "add --dropout 0.1")
     validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
     validation_set = EncodedPairs(translator, validation) if validation else None
     batches = TokenBatches(
@@ -140,6 +143,7 @@ def train_model(
     try:
         return trainer.run(
             TranslationTrainer(
+                options=options,
                 model=model,
                 args=trainer.arguments(
                     options,
@@ -153,7 +157,7 @@ def train_model(
                 train_dataset=train_set,
                 eval_dataset=validation_set,
                 data_collator=train_set.collate,
-                compute_loss_func=_loss(options.label_smoothing_factor),
+                compute_loss_func=_loss(options),
                 compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),
                 optimizers=optimizers(model, options),
@@ -163,14 +167,23 @@ def train_model(
         model.generation_config = own
 
 
-def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
+def _loss(options: TranslationOptions) -> Callable[..., torch.Tensor]:
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        twice = bool(options.r_drop and torch.is_grad_enabled())
+        passes = 1 + twice
+        known = labels.flatten() != _IGNORED
         # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else (labels != _IGNORED).sum()
+        items = num_items_in_batch if num_items_in_batch is not None else known.sum() / passes
         logits = outputs["logits"].flatten(0, 1).float()
         total = functional.cross_entropy(
-            logits, labels.flatten(), ignore_index=_IGNORED, label_smoothing=smoothing, reduction="sum"
+            logits,
+            labels.flatten(),
+            ignore_index=_IGNORED,
+            label_smoothing=options.label_smoothing_factor,
+            reduction="sum",
         )
+        if twice:
+            total = total / 2 + options.r_drop * token_divergence(logits, known.chunk(2)[0])
         return total / items
 
     return loss

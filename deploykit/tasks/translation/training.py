@@ -11,14 +11,14 @@ from typing import Any
 
 from deploykit import artifacts
 from deploykit.bootstrap import differences
-from deploykit.data.sample import evenly
+from deploykit.data.noise import noisy_copies
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config
 from deploykit.tasks.translation.metrics import measure_of, metrics_with_intervals
 from deploykit.tasks.translation.new_marian import POSITIONS, new_marian
-from deploykit.tasks.translation.noise import noisy_pairs
+from deploykit.tasks.translation.noise import noisy_pair
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS
 from deploykit.tasks.translation.rows import (
@@ -36,6 +36,7 @@ from deploykit.tasks.translation.teacher import open_teacher
 from deploykit.tasks.translation.token_batches import EncodedPairs, train_model
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import processes, trainer
+from deploykit.training.augmentation import usable_copies
 from deploykit.training.checkpoint import check_vocabulary, load_config, load_model, load_tokenizer, not_loadable
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
@@ -44,8 +45,6 @@ from deploykit.training.trainer import Trained
 from deploykit.training.weights import read_generation_config
 
 _SAMPLES = 5
-_SHOWN_COPIES = 2
-"""Copies of each noise that are shown."""
 
 
 class TranslationStage:
@@ -161,14 +160,13 @@ class TranslationStage:
 
     def _noisy(self, rows: Rows[Pair, PairColumns], learned: Sequence[Pair], say: Say) -> dict[str, list[Pair]]:
         """Return noise -> copies of the training pairs with it; none of them has the source of a held-out pair."""
-        found = noisy_pairs(learned, self._options.augment, self._options.seed)
-        for noise, copies in found.items():
-            found[noise], leaks = drop_pair_leaks(copies, [*rows.splits["validation"], *rows.splits["test"]])
-            told = f", {leaks:,} dropped: a text of theirs is held out" if leaks else ""
-            say(f"{noise}: {len(found[noise]):,} copies of training rows{told}")
-            for pair in evenly(found[noise], _SHOWN_COPIES):
-                say(f"  {pair.origin}: {pair.source}")
-        return found
+        held_out = [*rows.splits["validation"], *rows.splits["test"]]
+        return usable_copies(
+            noisy_copies(learned, self._options.augment, self._options.seed, noisy_pair),
+            lambda copies: drop_pair_leaks(copies, held_out),
+            lambda pair: f"{pair.origin}: {pair.source}",
+            say,
+        )
 
     def _taught(
         self, rows: Rows[Pair, PairColumns], work: Path, say: Say

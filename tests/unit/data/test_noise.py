@@ -40,6 +40,16 @@ def test_words_are_swapped_and_deleted() -> None:
     assert NOISES["delete"]("only one", 1.0, Random(0)) == "only"
 
 
+@pytest.mark.parametrize("name", NOISES)
+def test_white_space_stays_and_no_text_becomes_empty(name: str) -> None:
+    prompt = "Fix this:\n\n    for item in items:\n        show(item)\n"
+    found = NOISES[name](prompt, 0.5, Random(1))
+    assert found.strip() != prompt.strip()
+    for kept in ("\n\n    ", "\n        ") if name != "delete" else ("\n",):
+        assert kept in found
+    assert NOISES[name]("?", 1.0, Random(0)).strip()
+
+
 def test_copies_name_their_row_and_keep_its_label(tmp_path: Path) -> None:
     rows = [Example(f"Some words of row {i}", "a", f"x.csv:{i}", "A pair") for i in range(20)]
     noises = ("case=1", "typos=0.5")

@@ -65,7 +65,10 @@ def test_a_student_of_a_translator_may_have_a_shallower_decoder() -> None:
         ({"model": "m", "student": "layers=0"}, "--student is 'layers=0'"),
         ({"model": "m", "student": "layer=3"}, "--student is 'layer=3'"),
         ({"model": "m", "student": "layers=3,decoder=1"}, "--student is for --task translation"),
-        ({"model": "m", "student": "layers=3", "task": "question-answering"}, "--student is for --task"),
+        (
+            {"model": "m", "student": "layers=3,decoder=1", "task": "question-answering"},
+            "--student is for --task translation",
+        ),
     ],
 )
 def test_a_student_that_is_neither_is_refused(given: dict[str, Any], named: str) -> None:

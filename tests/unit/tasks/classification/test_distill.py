@@ -12,10 +12,9 @@ import torch
 
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.distill import Teacher
+from deploykit.tasks.classification.distill import Teacher, hidden_teacher
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
-from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.losses import distillation
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.training.student import keep_layers
@@ -101,7 +100,7 @@ def test_a_student_of_any_width_learns_hidden_states(
     def distance_after(weight: float) -> float:
         student = _of_width(path, tmp_path / f"student {weight}", width, 1)
         teacher = TorchClassifier.load(path)
-        hidden = HiddenTeacher(teacher, student, texts[:4])
+        hidden = hidden_teacher(teacher, student, texts[:4])
         assert (hidden.layers, hidden.projects) == ([1], width == 16)
         options = ClassificationOptions(
             model="m", train="x.csv", max_steps=40, learning_rate=1e-2, per_device_train_batch_size=32, r_drop=0.1,
@@ -128,10 +127,10 @@ def test_kept_layers_learn_from_themselves_and_others_evenly(
 ) -> None:
     path = make_tiny_checkpoint(tmp_path / "m")
     teacher, student = _of_width(path, tmp_path / "t", 32, 6), _of_width(path, tmp_path / "s", 32, 3)
-    assert HiddenTeacher(teacher, student, ["w1"]).layers == [1, 3, 5]
-    assert HiddenTeacher(teacher, student, ["w1"], [0, 2, 5], 6).layers == [0, 2, 5]
-    assert HiddenTeacher(teacher, student, ["w1"], [0, 2, 4], 5).layers == [1, 3, 5], "the origin was another model"
-    same = HiddenTeacher(teacher, teacher, ["w1"])
+    assert hidden_teacher(teacher, student, ["w1"]).layers == [1, 3, 5]
+    assert hidden_teacher(teacher, student, ["w1"], [0, 2, 5], 6).layers == [0, 2, 5]
+    assert hidden_teacher(teacher, student, ["w1"], [0, 2, 4], 5).layers == [1, 3, 5], "the origin was another model"
+    same = hidden_teacher(teacher, teacher, ["w1"])
     ids = torch.tensor([[2, 5, 6, 3, 0], [2, 7, 3, 0, 0]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     states = same.states(inputs)
@@ -144,11 +143,11 @@ def test_a_teacher_that_reads_other_tokens_or_has_no_states_is_refused(
     student = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "m"))
     short = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "t", positions=20))
     with pytest.raises(UsageError, match="the teacher reads 12 tokens, and the student 32"):
-        HiddenTeacher(short, student, ["w1"])
+        hidden_teacher(short, student, ["w1"])
     other = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "o"))
     other.tokenizer.add_tokens(["w1 w2"])
     with pytest.raises(UsageError, match="have different tokenizers"):
-        HiddenTeacher(other, student, ["w1 w2"])
+        hidden_teacher(other, student, ["w1 w2"])
     exported = Teacher(str(tiny_export), dataclasses.replace(TASK, labels=("negative", "neutral", "positive")))
     with pytest.raises(UsageError, match="give the checkpoint as --teacher"):
         exported.checkpoint()

@@ -12,7 +12,6 @@ from language_models import random_model, tokenizer, write_checkpoint
 from torch.nn import functional
 
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.tasks.text_generation import distill
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 from deploykit.tasks.text_generation.distill import Teacher, check_teacher
@@ -20,6 +19,7 @@ from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
 from deploykit.tasks.text_generation.packing import IGNORED, pack, pack_sharing, pad
 from deploykit.tasks.text_generation.sft import supervised_loss, train
+from deploykit.training import losses
 
 
 def rows(count: int, seed: int = 0) -> list[EncodedRow]:
@@ -43,7 +43,7 @@ def weights(seed: int, name: str = "llama", **settings: Any) -> Any:
 def test_loss_and_gradients_are_those_of_all_logits(
     name: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "_LOGITS_AT_ONCE", 400 * 7)
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 400 * 7)
     student, other = weights(1, name), weights(2, name, vocab_size=vocabulary)
     batch = pad(rows(4), 5)
     labels = batch.pop("labels")

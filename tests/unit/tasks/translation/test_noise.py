@@ -3,9 +3,9 @@ from random import Random
 
 import pytest
 
-from deploykit.data.noise import NOISES, noisy
+from deploykit.data.noise import NOISES, noisy, noisy_copies
 from deploykit.errors import UsageError
-from deploykit.tasks.translation.noise import noisy_pairs, noisy_source
+from deploykit.tasks.translation.noise import noisy_pair, noisy_source
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.rows import Pair
 
@@ -24,12 +24,12 @@ def test_placeholders_codes_and_white_space_stay(name: str) -> None:
 
 def test_a_copy_has_a_noisy_source_the_same_target_and_names_its_row() -> None:
     pairs = [Pair("Save the file before you close it", "Enregistrer", "a.csv:2"), Pair("%s", "%s", "a.csv:3")]
-    found = noisy_pairs(pairs, ("typos=0.9", "case=1"), 0)
+    found = noisy_copies(pairs, ("typos=0.9", "case=1"), 0, noisy_pair)
     assert [copy.origin for copy in found["typos=0.9"]] == ["a.csv:2 with typos"], (
         "a row that stays the same has no copy"
     )
     assert found["case=1"] == [Pair("save THE FILE BEFORE YOU CLOSE IT", "Enregistrer", "a.csv:2 with case")]
-    assert noisy_pairs(pairs, ("typos=0.9",), 0)["typos=0.9"] == found["typos=0.9"], "by the seed alone"
+    assert noisy_copies(pairs, ("typos=0.9",), 0, noisy_pair)["typos=0.9"] == found["typos=0.9"], "by the seed alone"
 
 
 def test_noises_that_are_for_classification_are_refused() -> None:

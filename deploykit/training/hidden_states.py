@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import nn
 from torch.nn import functional
 
 from deploykit.errors import UsageError
-from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.training.checkpoint import max_tokens
 
 _PROJECTION = "distill_projection"
 
@@ -27,35 +24,22 @@ class HiddenTeacher:
 
     def __init__(
         self,
-        teacher: TorchClassifier,
-        student: TorchClassifier,
-        texts: Sequence[str],
+        teacher: Any,
+        student: Any,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        takes_types: bool,
         kept: Sequence[int] = (),
         depth: int = 0,
     ) -> None:
-        """``texts`` are samples to try both models on. Raises UsageError for models that cannot be compared token by token."""
-        self._task, self._takes_types = student.task, teacher.task.token_types
-        self._model = teacher.model.requires_grad_(False)
-        limit = max_tokens(teacher.tokenizer, teacher.model.config)
-        if limit < student.task.max_length:
-            raise UsageError(
-                f"--distill-hidden: the teacher reads {limit} tokens, and the student {student.task.max_length}",
-                f"give --max-length {limit}",
-            )
-        as_student = dataclasses.replace(teacher.task, max_length=student.task.max_length)
-        encoded = student.encode(texts)
-        if (
-            teacher.task.pad_left != student.task.pad_left
-            or TorchClassifier(None, teacher.tokenizer, as_student).encode(texts).ids != encoded.ids
-            or (student.task.pair and teacher.task.token_types and not student.task.token_types)
-        ):
-            raise UsageError(
-                "--distill-hidden: teacher and student have different tokenizers, but are compared token by token",
-                "give two checkpoints with the same tokenizer, or leave it out",
-            )
-        inputs = {"input_ids": torch.tensor([encoded.ids[0]]), "attention_mask": torch.ones(1, len(encoded.ids[0]))}
+        """Try both models on ``inputs``, a row. ``takes_types``: the teacher reads token types.
+
+        Raises UsageError for a model without one stack of layers.
+        """
+        self._takes_types = takes_types
+        self._model = teacher.requires_grad_(False)
         with torch.no_grad():
-            theirs, ours = self.states(inputs), states_of(student.model(**inputs, output_hidden_states=True))
+            theirs, ours = self.states(inputs), states_of(student(**inputs, output_hidden_states=True))
         if not kept or len(theirs) != depth:
             kept = [round((layer + 1) * len(theirs) / len(ours)) - 1 for layer in range(len(ours))]
         self.layers = list(kept)
@@ -64,9 +48,9 @@ class HiddenTeacher:
         if self.projects:
             projection = nn.Linear(width, wanted, bias=False)
             nn.init.orthogonal_(projection.weight)
-            student.model.add_module(_PROJECTION, projection)
+            student.add_module(_PROJECTION, projection)
             # Within the forward pass, because several processes average the gradients of the parameters that it uses.
-            self._hook = student.model.register_forward_hook(_project)
+            self._hook = student.register_forward_hook(_project)
 
     def told(self) -> str:
         """Return the pairs of a student's and a teacher's layer, from 0."""
@@ -101,6 +85,16 @@ class HiddenTeacher:
         if self.projects:
             self._hook.remove()
             delattr(model, _PROJECTION)
+
+
+def check_projection(hidden: HiddenTeacher, lora_r: int) -> None:
+    """Raise UsageError if a layer that projects hidden states would have to be trained beside an adapter alone."""
+    if hidden.projects and lora_r:
+        raise UsageError(
+            "--distill-hidden projects the student's hidden states to the width of the teacher's, and --lora-r "
+            "trains an adapter alone",
+            "leave one out",
+        )
 
 
 def _project(model: Any, _: Any, outputs: Any) -> Any:
