@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from deploykit.hyperparameters.limits import UNITS, ruled_out
 from deploykit.metric_titles import title_of, value_text
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.svg import INK, add_legend, colour_of, fraction, number, shown, to_svg
@@ -34,11 +35,15 @@ def write_search_page(record: Record, out: Path) -> None:
 
 
 def _best(record: Record) -> str:
-    limits = {"size_mb": "MB", "p50_ms": "ms at p50"}
     told = [
-        f"at most {limit:g} {limits[name]}, in INT8" for name, limit in record["limits"].items() if limit is not None
+        f"at most {limit:g} {UNITS[name]}, in INT8" for name, limit in record["limits"].items() if limit is not None
     ]
     pairs = [("Objective", title_of(record["objective"] or "")), *([("Limits", ", ".join(told))] if told else [])]
+    if len(record["runs"]) < record["asked"]:
+        pairs.append(("Runs", f"{len(record['runs'])} of {record['asked']}: --search-time ended the search"))
+    ended = [run for run in record["runs"] if run["value"] is not None]
+    if out := [run for run in ended if not run["fits"]]:
+        pairs.append(("Ruled out", f"{len(out)} of {len(ended)} finished runs; the table of all runs says why"))
     if record["best"] is None:
         return word_table([*pairs, ("Best run", "none is within the limits")])
     best, first = record["runs"][record["best"]], record["runs"][0]
@@ -145,10 +150,11 @@ def _table(record: Record) -> str:
     rows = []
     for run in record["runs"]:
         best = "<small>best</small>" if run["run"] == record["best"] else ""
+        out = "".join(f"<small>ruled out: {escape(reason)}</small>" for reason in ruled_out(run, record["limits"]))
         state = {"pruned": "ended early", "fail": f"failed: {run['error']}", "running": "running"}.get(run["state"], "")
         cells = [
             f"{run['run']}{best}",
-            escape(state) if run["value"] is None else value_text(run["value"], run.get("interval")),
+            escape(state) if run["value"] is None else value_text(run["value"], run.get("interval")) + out,
         ]
         cells += [escape(_cell(run["options"].get(name, ""))) for name in record["space"]]
         cells += [number(run[name]) for name in ("size_mb", "p50_ms")] if limited else []

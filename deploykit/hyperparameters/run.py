@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit import artifacts
 from deploykit.data.reading import flag
 from deploykit.errors import ArtifactError, DeploykitError, ExportError, MissingDependencyError, UsageError
+from deploykit.hyperparameters.limits import ruled_out
 from deploykit.hyperparameters.options import SearchOptions
 from deploykit.hyperparameters.space import Space, default_space, read_space, starting_values
 from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric
@@ -196,7 +197,8 @@ def _within_limits(study: SharedStudy, run: TakenRun, chosen: SearchOptions, say
     for name, limit in limits.items():
         if limit is not None:
             run.trial.set_constraint(name, measured[name] - limit)
-    say(f"run {run.number}: the INT8 export has {size:.1f} MB and a median latency of {p50:.1f} ms")
+    excess = "".join(f"; {reason}" for reason in ruled_out(measured, limits))
+    say(f"run {run.number}: the INT8 export has {size:.1f} MB and a median latency of {p50:.1f} ms{excess}")
     return measured
 
 
@@ -275,6 +277,7 @@ def _record(study: SharedStudy, options: FinetuneOptions, chosen: SearchOptions,
         "lower_is_better": lower_is_better(str(metric)),
         "pruner": chosen.search_pruner,
         "limits": {"size_mb": chosen.max_size_mb, "p50_ms": chosen.max_p50_ms},
+        "asked": chosen.search,
         "space": {name: dataclasses.asdict(entry) for name, entry in space.items()},
         "best": None if best is None else best.number,
         "importance": study.importance(),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from killed_run import kill_at_step
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import deploykit as api
 from deploykit.artifacts import load_manifest
@@ -71,3 +72,33 @@ def test_no_run_is_started_after_the_time_of_a_search(
     assert code == 0, err
     assert [run["state"] for run in json.loads(stdout)["search"]["runs"]] == ["complete"]
     assert (tmp_path / "best" / "finetune.toml").is_file()
+    page = (tmp_path / "best.search" / "report.html").read_text(encoding="utf-8")
+    assert "1 of 9: --search-time ended the search" in page
+
+
+def test_the_page_says_which_runs_a_limit_ruled_out(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    small, wide, rows = make_tiny_checkpoint(tmp_path / "small"), tmp_path / "wide", tmp_path / "rows.csv"
+    config = AutoConfig.from_pretrained(small, hidden_size=256, intermediate_size=1024)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(small).save_pretrained(wide)
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(80)))
+    space = tmp_path / "space.toml"
+    space.write_text(f"model = [{str(wide)!r}, {str(small)!r}]\n")
+    words = ("finetune", wide, "--train", rows, "--max-steps", 2, "--search", 2, "--search-space", space,
+             "--search-pruner", "none", "--seed", 3, "--search-max-size", "0.8MB")  # fmt: skip
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "best")
+    assert code == 0, err
+    assert "MB, above the limit of 0.8" in err
+    found = json.loads((tmp_path / "best.search" / "search.json").read_text())
+    assert [run["fits"] for run in found["runs"]] == [False, True]
+    assert found["best"] == 1
+    page = (tmp_path / "best.search" / "report.html").read_text(encoding="utf-8")
+    assert "1 of 2 finished runs; the table of all runs says why" in page
+    assert f"ruled out: {found['runs'][0]['size_mb']:.1f} MB, above the limit of 0.8" in page
+    code, _, err = deploykit(*words[:-1], "0.001MB", "--output-dir", tmp_path / "none")
+    assert code == 1
+    assert "no run is within the limits: the smallest export has" in err
+    page = (tmp_path / "none.search" / "report.html").read_text(encoding="utf-8")
+    assert page.count("above the limit of 0.001") == 2
