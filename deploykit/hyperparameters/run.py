@@ -248,7 +248,8 @@ def _no_run(record: Mapping[str, Any]) -> DeploykitError:
     smallest, fastest = (min(run[name] for run in measured) for name in ("size_mb", "p50_ms"))
     return DeploykitError(
         f"no run is within the limits: the smallest export has {smallest:.1f} MB, the fastest {fastest:.1f} ms",
-        "allow more, or add smaller checkpoints to the search space: model = [...]",
+        ("give more --search-time, " if len(record["runs"]) < record["asked"] else "")
+        + "allow more, or add smaller checkpoints to the search space: model = [...]",
     )
 
 

@@ -138,11 +138,11 @@ def test_the_page_shows_every_run_and_what_mattered(tmp_path: Path) -> None:
 
     record = {
         "task": "classification", "objective": "macro_f1", "lower_is_better": False, "pruner": "median", "best": 3,
-        "limits": {"size_mb": 30.0, "p50_ms": None}, "importance": {"learning_rate": 0.75, "optimizer": 0.25},
+        "asked": 9, "limits": {"size_mb": 30.0, "p50_ms": None}, "importance": {"learning_rate": 0.75, "optimizer": 0.25},
         "space": {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True, "step": None, "integer": False},
                   "optimizer": {"values": ("adamw", "sgd")}},
         "runs": [run(0, 0.5), run(1, None, "pruned"), run(2, None, "fail", error="no <memory>"), run(3, 0.75),
-                 run(4, 0.9, fits=False, size_mb=40.0)],
+                 run(4, 0.9, fits=False, size_mb=40.0), run(5, 0.8, fits=False, size_mb=None, error="loses <2 points")],
     }  # fmt: skip
     write_search_page(record, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -154,6 +154,10 @@ def test_the_page_shows_every_run_and_what_mattered(tmp_path: Path) -> None:
         "at most 30 MB, in INT8",
         "best so far",
         "75 %",
+        "6 of 9: --search-time ended the search",
+        "2 of 4 finished runs",
+        "ruled out: 40.0 MB, above the limit of 30",
+        "ruled out: no INT8 export: loses &lt;2 points",
     ):
         assert words in page, words
     write_search_page({**record, "best": None, "objective": None, "importance": {}, "runs": [run(0, None, "running")]},
