@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from deploykit.errors import UsageError
 from deploykit.runtime.served import DEFAULT_URL
-from deploykit.tasks.opening import open_for
+from deploykit.tasks.opening import open_predictor
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.predictor import Answerer
 from deploykit.tasks.question_answering.rows import Example
 from deploykit.tasks.question_answering.windows import PairTokenizer, Window
+from deploykit.tasks.registry import task_of
 from deploykit.training.hidden_states import HiddenTeacher
 from deploykit.training.losses import soft_targets
 
@@ -29,7 +30,9 @@ def open_teacher(target: str, student: TorchAnswerer, samples: Sequence[Example]
 
     Raises UsageError if it has no logits, or does not cut the ``samples`` into the windows of the student.
     """
-    teacher = open_for(QuestionAnswering.name, target, url=DEFAULT_URL)
+    teacher: Any = open_predictor(target, url=DEFAULT_URL)
+    if not isinstance(teacher.task, QuestionAnswering):
+        raise UsageError(f"--teacher {target} {task_of(teacher.task).does}", "give a model that answers questions")
     if not isinstance(teacher, Answerer):
         raise UsageError(
             f"--teacher {target} is a served model, which returns answers, not the logits of all tokens",

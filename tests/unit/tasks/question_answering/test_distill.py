@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,14 @@ def test_an_export_teaches_logits_and_no_hidden_states(tmp_path: Path) -> None:
         hidden_teacher(teacher, student.model, windows[0])
 
 
-def test_a_teacher_with_other_tokens_or_shorter_windows_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_of_another_task_with_other_tokens_or_shorter_windows_is_refused(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     student = TorchAnswerer.load(write_checkpoint(tmp_path / "m"))
+    classifier = make_tiny_checkpoint(tmp_path / "classifier")
+    with pytest.raises(UsageError, match="classifier classifies") as error:
+        open_teacher(str(classifier), student, _examples())
+    assert error.value.remedy == "give a model that answers questions"
     other = write_checkpoint(tmp_path / "roberta", "roberta")
     with pytest.raises(UsageError, match="has another tokenizer than the student"):
         open_teacher(str(other), student, _examples())
