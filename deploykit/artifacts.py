@@ -261,8 +261,9 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
 def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty directory that replaces ``out`` if the block succeeds.
 
-    On an error it is removed and ``out`` stays unchanged. Those that killed commands left are removed too. If another process has replaced ``out`` in the meantime, its content stays:
-    raises ArtifactError, or, if ``shared`` (as for a cache), assumes that the content is the same.
+    On an error it is removed and ``out`` stays unchanged. Directories that killed commands left are removed too. If another process has
+    replaced ``out`` in the meantime, its content stays: raises ArtifactError, or, if ``shared`` (as for a cache), assumes that the
+    content is the same.
     """
     out = Path(os.path.abspath(out))
     before = _identity(out)
