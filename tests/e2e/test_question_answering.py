@@ -471,7 +471,7 @@ def test_bad_runs_are_refused(folder: Path, deploykit: Deploykit) -> None:
 
 
 def test_the_serving_half_imports_neither_torch_nor_transformers() -> None:
-    modules = ("task", "predictor", "served", "answers", "evaluate", "triton_config", "metrics", "bundle")
+    modules = ("task", "predictor", "served", "answer_texts", "evaluate", "triton_config", "metrics", "bundle")
     names = ", ".join(f"deploykit.tasks.question_answering.{module}" for module in modules)
     script = f"import sys, {names}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
