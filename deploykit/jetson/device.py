@@ -29,6 +29,7 @@ from deploykit.jetson.contents import (
 )
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.finite import NoNumberError
 from deploykit.signals import handled
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import task_of
@@ -240,11 +241,15 @@ def verify(bundle: Bundle) -> None:
     model, manifest = open_model(bundle)
     part, rows = task_of(manifest.task).bundle(manifest.task), read_rows(bundle.root)
     recorded = rows.answers[manifest.options["graph"]]
-    verdict = part.compare(part.answers(model, rows.texts), recorded, manifest.options["precision"])
-    summary = f"{len(rows.texts)} rows: {verdict.told}"
-    if not verdict.right:
+    try:
+        verdict = part.compare(part.answers(model, rows.texts), recorded, manifest.options["precision"])
+        right, told, limits = verdict.right, verdict.told, f"; {verdict.limits}"
+    except NoNumberError as error:
+        right, told, limits = False, error.message, ""
+    summary = f"{len(rows.texts)} rows: {told}"
+    if not right:
         raise EngineError(
-            f"{bundle.version}: wrong answers: {summary}; {verdict.limits}",
+            f"{bundle.version}: wrong answers: {summary}{limits}",
             f"rm -r {bundle.version}; build again, or with another --precision",
         )
     say(summary)

@@ -21,7 +21,8 @@ from deploykit.errors import DataError
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.generation import Generation
-from deploykit.runtime.sampling import Sampler, Sampling
+from deploykit.runtime.sampler import Sampler
+from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.search import Finished
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.answering import answer_rows, rows_of

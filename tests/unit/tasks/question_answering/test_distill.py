@@ -24,7 +24,7 @@ from deploykit.tasks.question_answering.distill import (
     stacked,
 )
 from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
-from deploykit.tasks.question_answering.rows import Answers, Example
+from deploykit.tasks.question_answering.rows import Example, RightAnswers
 from deploykit.tasks.question_answering.windows import Window
 
 LENGTHS = {"max_length": 48, "doc_stride": 12}
@@ -32,7 +32,9 @@ LENGTHS = {"max_length": 48, "doc_stride": 12}
 
 def _examples(count: int = 6) -> list[Example]:
     paragraphs = squad(contexts=count)["data"][0]["paragraphs"]
-    return [Example(p["qas"][0]["question"], p["context"], Answers(), "", f"a:{i}") for i, p in enumerate(paragraphs)]
+    return [
+        Example(p["qas"][0]["question"], p["context"], RightAnswers(), "", f"a:{i}") for i, p in enumerate(paragraphs)
+    ]
 
 
 def _windows(answerer: TorchAnswerer, examples: Sequence[Example]) -> list[Window]:
