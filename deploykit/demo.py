@@ -119,7 +119,7 @@ def _run_command(say: Say, recipe: Recipe, *arguments: object) -> dict[str, Any]
 def _summary(command: str, record: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     if record.get("reused"):
         yield f"reused {record.get('out') or record.get('path')}: made before from the same inputs"
-    if command == "finetune" and "before" in record:
+    if command == "finetune" and record.get("before") is not None:  # a new model has no metrics from before
         yield get_task(recipe.task).metrics_text({"base": record["before"], "tuned": record["metrics"]})
     elif command in ("finetune", "evaluate"):
         yield ", ".join(f"{name} {with_interval(record['metrics'], name)}" for name in headline(record["metrics"]))

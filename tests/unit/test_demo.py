@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from deploykit.demo import table
+from deploykit.demo import _summary, table
+from deploykit.tasks.demo_recipe import Recipe
 
 
 def candidate(engine: str | None, precision: str | None, size_mb: float | None, speed: float) -> dict[str, object]:
@@ -33,3 +34,14 @@ def test_a_line_for_each_form_of_the_model() -> None:
         ("served INT8 (openvino)", 24.0, 320.0),
     ]
     assert lines[0]["p50_ms"] == 0.1
+
+
+def test_a_model_that_did_not_exist_before_has_its_own_metrics_alone() -> None:
+    """The demo's translator starts from random weights."""
+    recipe = Recipe("en-fr", "translation", (), ())
+    metrics = {"bleu": 20.0, "chrf": 40.0, "placeholders": {"kept": 3, "checked": 4}}
+    assert list(_summary("finetune", {"before": None, "samples": [], "metrics": metrics}, recipe)) == [
+        "bleu 20.00, chrf 40.00"
+    ]
+    (before_and_after,) = _summary("finetune", {"before": metrics, "samples": [], "metrics": metrics}, recipe)
+    assert "3 of 4" in before_and_after
