@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 from deploykit import __version__
 from deploykit.errors import ArtifactError, CorruptArtifactError
-from deploykit.locks import lock
+from deploykit.locks import lock, unlocked
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_from_json, task_to_json
 
@@ -291,7 +291,7 @@ def _temporary_directory(out: Path) -> tuple[Path, int | None]:
     """Create a directory next to ``out``. Returns it, and a descriptor that locks it while this process lives."""
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        held = _locked(temporary, wait=True)
+        held = _locked(temporary)
         if temporary.is_dir():  # else another process took it for abandoned before it was locked
             return temporary, held
         if held is not None:
@@ -303,22 +303,23 @@ def _remove_abandoned(out: Path) -> None:
     name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.partial")
     with contextlib.suppress(OSError):  # a folder that may be written and not listed
         for path in [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]:
-            if (held := _locked(path, wait=False)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(held)
+            with unlocked(path) as found:
+                if found:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _locked(directory: Path, *, wait: bool) -> int | None:
-    """Return a descriptor that locks a directory until it is closed, or None if another process has locked it, or if
-    directories cannot be locked (Windows)."""
+def _locked(directory: Path) -> int | None:
+    """Return a descriptor that locks a new directory until it is closed, or None where that is impossible (see ``unlocked``)."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError:
         return None
-    if lock(descriptor, wait=wait):
-        return descriptor
-    os.close(descriptor)
-    return None
+    try:
+        lock(descriptor, wait=True)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager

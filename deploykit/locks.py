@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 try:
     import fcntl
@@ -41,3 +44,25 @@ else:
         except BlockingIOError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def unlocked(path: Path, flags: int = 0) -> Iterator[bool]:
+    """Lock a file or folder that a living process may have locked. Yields whether it is this user's, no link, and was not locked.
+
+    ``flags`` are those of ``os.open``. Folders cannot be locked on Windows, nor anything on some network file systems: False.
+    """
+    try:
+        # A pipe would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | flags)
+    except OSError:  # a link, another user's, or removed by another process
+        yield False
+        return
+    try:
+        try:
+            found = os.fstat(descriptor).st_uid == os.geteuid() and lock(descriptor, wait=False)
+        except OSError:
+            found = False
+        yield found
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,6 @@ restarts it, and Triton itself when it ends.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import logging
 import os
@@ -17,14 +16,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from deploykit.errors import ServerError
-from deploykit.locks import lock
+from deploykit.locks import lock, unlocked
 from deploykit.runtime.engines import check_engine
 from deploykit.runtime.tracing import ENDPOINT_VARIABLE, traces_url
 from deploykit.tasks.protocol import TaskFacts
@@ -402,27 +401,13 @@ class TritonServer:
 def _remove_abandoned(temporary: Path) -> None:
     """Remove the shared memory, and the folders in ``temporary``, of this user's servers that were killed."""
     for path in _SHM.glob(f"deploykit_*_{_OWNER}"):
-        with _unlocked(path, os.O_NOFOLLOW) as found:
+        with unlocked(path) as found:
             if found and re.fullmatch(rf"deploykit_\d+_[0-9a-f]+_{_OWNER}", path.name):
                 _remove_regions(path.name.removesuffix(_OWNER))
     for path in temporary.glob(f"{_FOLDER}*"):
-        with _unlocked(path, os.O_NOFOLLOW | os.O_DIRECTORY) as found:
+        with unlocked(path, os.O_DIRECTORY) as found:
             if found:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _unlocked(path: Path, flags: int) -> Iterator[bool]:
-    """Lock what another server may have locked. Yields whether it is this user's, and was not locked."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait for its writer
-    except OSError:  # a link, another user's, or removed by another server
-        yield False
-        return
-    try:
-        yield os.fstat(descriptor).st_uid == os.geteuid() and lock(descriptor, wait=False)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_regions(prefix: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -238,3 +239,19 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="file"):
         write(tmp_path / "file" / "a")
+
+
+def test_a_file_system_without_locks_is_written_and_nothing_is_removed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, *, wait: bool) -> bool:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("deploykit.locks.lock", refuse)
+    monkeypatch.setattr("deploykit.artifacts.lock", refuse)
+    other = tmp_path / ".out.abcdefgh.partial"
+    other.mkdir()
+    with artifacts.new_directory(tmp_path / "out") as folder:
+        (folder / "file").write_text("written")
+    assert (tmp_path / "out" / "file").read_text() == "written"
+    assert other.is_dir()
