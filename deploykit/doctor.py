@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import MissingDependencyError, UsageError
+from deploykit.errors import MissingDependencyError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.native import loader as native
-from deploykit.tasks.registry import task_commands
+from deploykit.tasks.registry import loadable_commands
 from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (
@@ -77,12 +76,7 @@ def examine() -> dict[str, Any]:
 
 def _commands() -> dict[str, Need]:
     needs = {}
-    of_tasks: dict[str, tuple[tuple[str, ...], str]] = {}
-    with contextlib.suppress(
-        UsageError
-    ):  # a package that adds a task cannot be loaded; commands that open models say so
-        for name, added in task_commands():
-            of_tasks.setdefault(name, (added.packages, ""))
+    of_tasks = {name: (command.packages, "") for name, command in loadable_commands().items()}
     for command, (modules, extra) in {**_NEEDS, **of_tasks, **_NEEDS}.items():
         missing = [name for name in modules if not _importable(name)]
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"

@@ -5,7 +5,6 @@ A command for models of one task is in the folder of that task.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Mapping
 
@@ -72,12 +71,9 @@ def _module(name: str) -> str | None:
 
 def _lines() -> dict[str, str]:
     """Return the line of each command in ``deploykit --help``."""
-    from deploykit.tasks.registry import task_commands
+    from deploykit.tasks.registry import loadable_commands
 
-    of_tasks: dict[str, str] = {}
-    with contextlib.suppress(DeploykitError):  # a package that adds a task cannot be loaded; help is shown all the same
-        for name, command in task_commands():
-            of_tasks.setdefault(name, command.line)
+    of_tasks = {name: command.line for name, command in loadable_commands().items()}
     lines: dict[str, str] = {}
     for name, line in _COMMANDS.items():
         lines |= of_tasks if name == _AFTER_TASKS else {}

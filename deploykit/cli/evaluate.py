@@ -9,15 +9,12 @@ import click
 from deploykit.cli_parts.asked_texts import failed_rows
 from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar, say
 from deploykit.cli_parts.shared_options import (
-    ENGINE,
     FORCE,
-    PRECISION,
-    SERVER_URL,
-    THREADS,
     column_options,
     columns_for,
     generation_options,
     measuring_options,
+    model_options,
     reading_options,
 )
 from deploykit.data.reading import AS_FOUND, Reading
@@ -53,10 +50,7 @@ from deploykit.text_table import text_table
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )
 @generation_options
-@SERVER_URL
-@ENGINE
-@PRECISION
-@THREADS
+@model_options
 def command(
     *,
     target: str,

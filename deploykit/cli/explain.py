@@ -10,16 +10,7 @@ import click
 from deploykit.attribution.words import Unit
 from deploykit.cli_parts.asked_texts import failed_rows
 from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar
-from deploykit.cli_parts.shared_options import (
-    ENGINE,
-    FORCE,
-    PRECISION,
-    SERVER_URL,
-    THREADS,
-    column_options,
-    columns_for,
-    reading_options,
-)
+from deploykit.cli_parts.shared_options import FORCE, column_options, columns_for, model_options, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
 
@@ -54,10 +45,7 @@ from deploykit.errors import DataError, UsageError
 @option("--num-prompts", "max_rows", type=click.IntRange(1), default=200, show_default=True,
         help="Number of rows to use, at most.")  # fmt: skip
 @FORCE
-@SERVER_URL
-@ENGINE
-@PRECISION
-@THREADS
+@model_options
 def command(
     *,
     target: str,

@@ -9,14 +9,11 @@ from deploykit.cli_parts.asked_texts import answered_record, answered_text, chec
 from deploykit.cli_parts.command import Result, deploykit_command
 from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.cli_parts.shared_options import (
-    ENGINE,
     FORCE,
-    PRECISION,
-    SERVER_URL,
-    THREADS,
     column_options,
     columns_for,
     generation_options,
+    model_options,
     reading_options,
     target_and_texts,
 )
@@ -40,10 +37,7 @@ from deploykit.errors import UsageError
 @column_options(inputs_only=True)
 @generation_options
 @FORCE
-@SERVER_URL
-@ENGINE
-@PRECISION
-@THREADS
+@model_options
 def command(
     *,
     texts: tuple[str, ...],

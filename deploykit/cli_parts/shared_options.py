@@ -105,6 +105,13 @@ _SEARCH: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def model_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options that say where and how a model is opened: --url, --engine, --precision, --threads."""
+    for add in (THREADS, PRECISION, ENGINE, SERVER_URL):
+        function = add(function)
+    return function
+
+
 def generation_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add the search options to a command, and pass those that were given as ``generation``."""
 

@@ -8,6 +8,7 @@ A package adds a task with an entry point of the group ``deploykit.tasks``:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -64,6 +65,15 @@ def task_commands() -> Iterator[tuple[str, Command]]:
     for task in map(get_task, task_names()):
         if isinstance(task, Commanding):
             yield from task.commands.items()
+
+
+def loadable_commands() -> dict[str, Command]:
+    """Return the commands of the tasks by name, of two the first. Those after a package that cannot be loaded are missing."""
+    found: dict[str, Command] = {}
+    with contextlib.suppress(UsageError):
+        for name, command in task_commands():
+            found.setdefault(name, command)
+    return found
 
 
 def added_packages() -> list[Path]:

@@ -10,7 +10,7 @@ import click
 from deploykit.cli_parts.asked_texts import answered_record, failed_rows, failed_texts
 from deploykit.cli_parts.command import Result, deploykit_command, progress_bar
 from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
-from deploykit.cli_parts.shared_options import ENGINE, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
+from deploykit.cli_parts.shared_options import FORCE, model_options, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -32,10 +32,7 @@ from deploykit.errors import UsageError
               "wrong ones first.")  # fmt: skip
 @reading_options(on_error="skip")
 @FORCE
-@SERVER_URL
-@ENGINE
-@PRECISION
-@THREADS
+@model_options
 def command(
     *,
     target: str,

@@ -9,14 +9,11 @@ from deploykit.cli_parts.asked_texts import answered_record, answered_text, chec
 from deploykit.cli_parts.command import Result, deploykit_command
 from deploykit.cli_parts.many_rows import RAY, answer_all, refuse_ray
 from deploykit.cli_parts.shared_options import (
-    ENGINE,
     FORCE,
     LONG_INPUT_HELP,
-    PRECISION,
-    SERVER_URL,
     SPLIT_HELP,
-    THREADS,
     generation_options,
+    model_options,
     reading_options,
     target_and_texts,
 )
@@ -46,10 +43,7 @@ if TYPE_CHECKING:
 @generation_options
 @reading_options(on_error="skip")
 @FORCE
-@SERVER_URL
-@ENGINE
-@PRECISION
-@THREADS
+@model_options
 def command(
     *,
     texts: tuple[str, ...],
