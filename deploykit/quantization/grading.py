@@ -14,8 +14,9 @@ from deploykit.bootstrap import Measure, differences, intervals
 from deploykit.errors import ExportError
 from deploykit.metric_titles import POINTS, points_of, title_of
 
-_BROKEN = 1e9
-"""Points lost by a form whose metric is no number. Finite, so that a search may continue and JSON can hold it."""
+BROKEN = 1e9
+"""Points lost by a form whose metric is no number, or a change of outputs that are none. Finite, so that a search can sort it and
+continue, and JSON can hold it."""
 
 
 class _Rows(Protocol):
@@ -122,7 +123,7 @@ class Grader(ABC, Generic[Raw]):
         """Return the points lost against the checkpoint, in the metric that loses most."""
         reference = self.table[0].judged
         drops = [points_of(name) * (reference[name] - value) for name, value in line.judged.items()]
-        return max(drop if math.isfinite(drop) else _BROKEN for drop in drops)
+        return max(drop if math.isfinite(drop) else BROKEN for drop in drops)
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
         """Raise ExportError if ``name`` loses more than ``max_drop`` points."""

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from deploykit.errors import ExportError
 from deploykit.measurement_log import MeasurementLog
-from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.grading import BROKEN, Grader, Line
 from deploykit.quantization.tables import render
 
 SAMPLE = 64
 """Number of rows to measure a part's sensitivity on."""
-_BROKEN = 1e9
-"""Change of outputs that are NaN or infinite. Finite, so that parts can be sorted by it."""
 _MOST_KEPT = 0.5  # largest share of parts in fp32: above it the model is hardly INT8
 
 
@@ -86,7 +84,7 @@ def hold_limit(
     expected = sample(())
 
     def change(group: Sequence[str]) -> float:
-        return float(np.nan_to_num(np.abs(sample(group) - expected).mean(), nan=_BROKEN, posinf=_BROKEN))
+        return float(np.nan_to_num(np.abs(sample(group) - expected).mean(), nan=BROKEN, posinf=BROKEN))
 
     sensitivity: dict[str, float] = {}
     for i, group in enumerate(groups, 1):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
 from deploykit.errors import DataError
 
 
@@ -13,3 +18,9 @@ class NoNumberError(DataError):
             "the model computed no number for this text (NaN or infinity)",
             "export the model in a precision with a wider range, or train it again",
         )
+
+
+def check_highest(logits: NDArray[np.float32]) -> None:
+    """Raise NoNumberError if one of a token's logits, [vocabulary], is NaN, or the highest infinite. Others may be -inf."""
+    if not math.isfinite(logits.max()):  # NaN if any is
+        raise NoNumberError

@@ -7,7 +7,6 @@ the rules of ``token_distribution``. transformers' own need torch.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.engines.native.sampling import native_draw
-from deploykit.runtime.finite import NoNumberError
+from deploykit.runtime.finite import check_highest
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution, draw
 
@@ -74,8 +73,7 @@ class Sampler:
 
         Raises NoNumberError if a logit is NaN, or the highest infinite.
         """
-        if not math.isfinite(logits.max()):  # NaN if any is
-            raise NoNumberError
+        check_highest(logits)
         s = self._sampling
         changed = self._without_ends(self._allowed(self._penalized(logits)))
         token = int(changed.argmax()) if s.temperature == 0 else self._drawn(changed)

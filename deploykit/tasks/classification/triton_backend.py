@@ -128,7 +128,8 @@ class ClassificationBackend:
             except DataError as error:
                 errors[row] = error.message
         rows.fail(errors)
-        return _Found(np.array(found), self._classifier.task.decide(np.array(found)))
+        scores = np.array(found)
+        return _Found(scores, self._classifier.task.decide(scores))
 
     def _top_k(self, request: Any) -> int:
         """Return the request parameter ``top_k``; absent or above their number, all labels."""

@@ -117,14 +117,14 @@ class Measured:
 
     def at(self, places: Sequence[int]) -> Measured:
         """Return the results on some rows, all of which ask something and were answered."""
-        asking = [i for i, row in enumerate(self.asked.rows) if row.text is None]
+        asking = {i: n for n, i in enumerate(i for i, row in enumerate(self.asked.rows) if row.text is None)}
         asked = EvaluationRows(
             [self.asked.rows[i] for i in places],
             [self.asked.encoded[i] for i in places],
-            [self.asked.prompts[asking.index(i)] for i in places],
+            [self.asked.prompts[asking[i]] for i in places],
         )
         scores, texts = [self.scores[i] for i in places], [self.texts[i] for i in places]
-        answers = [self.answers[asking.index(i)] for i in places]
+        answers = [self.answers[asking[i]] for i in places]
         return Measured(asked, asked, scores, texts, answers, self.options)
 
     def metrics(self) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.finite import NoNumberError
+from deploykit.runtime.finite import check_highest
 from deploykit.runtime.token_distribution import top_tokens
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 
@@ -38,8 +37,7 @@ def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLog
 
     Raises NoNumberError if a logit is NaN, or the highest infinite.
     """
-    if not math.isfinite(logits.max()):
-        raise NoNumberError
+    check_highest(logits)
     total = log_sum(logits)
     best = top_tokens(logits, top).tolist() if top else []
     return TokenLogprob(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in best))
