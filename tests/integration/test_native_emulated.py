@@ -6,11 +6,10 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from native_builds import BUILD, KERNELS
+from native_builds import KERNELS, compile_engine
 from paths import ROOT
 
 from deploykit.runtime.engines.native.loader import instruction_sets, lacks
@@ -19,7 +18,6 @@ CSRC = ROOT / "deploykit/runtime/engines/native/csrc"
 EMULATED = ("amx", "avxvnni")
 CPU = "x86_64_v4+avx512vnni+fast_dpwssd"
 HEADER = ROOT / "tests/integration/emulated_x86.h"
-TARGET = "x86_64-linux-gnu.2.17"
 
 pytestmark = [
     pytest.mark.skipif(
@@ -36,24 +34,11 @@ def test_kernels_for_amx_and_avx_vnni_equal_the_reference(tmp_path: Path) -> Non
         assert cpu.count(f"&kernels_{name}, has_{name}}}") == 1
         cpu = cpu.replace(f"&kernels_{name}, has_{name}}}", f"&kernels_{name}, has_avx512vnni}}")
     (tmp_path / "cpu.c").write_text(cpu, encoding="utf-8")
-    sources = BUILD["native_sources"]("x86_64")
-    del sources[str((CSRC / "cpu.c").relative_to(ROOT))]
-    plain = BUILD["CPUS"]["x86_64"]["scalar"]
-    sources |= {str(tmp_path / "cpu.c"): plain, str(KERNELS): plain}
-
-    def compiled(source: str) -> str:
-        name, cpu = Path(source).stem, sources[source]
-        flags: tuple[str, ...] = ()
-        if name in EMULATED:
-            cpu, flags = CPU, ("-include", str(HEADER), "-Wno-unused-function")
-        elif name == "cpu":
-            flags = (f"-I{CSRC}", "-Wno-unused-function")  # the functions that look for AMX and AVX-VNNI
-        out = str(tmp_path / f"{name}.o")
-        subprocess.run((*BUILD["compiler"](TARGET, cpu), *flags, "-c", source, "-o", out), cwd=ROOT, check=True)
-        return out
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
+    unused = ("-Wno-unused-function",)  # the functions that look for AMX and AVX-VNNI, and those that are replaced
+    objects = compile_engine(
+        tmp_path, "linux-x86_64", KERNELS, tmp_path / "cpu.c", cpus=dict.fromkeys(EMULATED, CPU),
+        flags={"cpu": (f"-I{CSRC}", *unused), **dict.fromkeys(EMULATED, ("-include", str(HEADER), *unused))},
+    )  # fmt: skip
     # Zig would have to compile a C library first.
     subprocess.run(("gcc", *objects, "-o", str(tmp_path / "kernels"), "-lm", "-lpthread"), check=True)
     done = subprocess.run(str(tmp_path / "kernels"), capture_output=True, text=True)

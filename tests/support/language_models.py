@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploykit.tasks.text_generation.encode import EncodedRow
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>")
 SIZES: dict[str, Any] = {
@@ -127,3 +130,17 @@ def command_rows() -> list[dict[str, str]]:
 def write_rows(path: Path) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in command_rows()), encoding="utf-8")
     return path
+
+
+def encoded_rows(count: int, seed: int = 0) -> list[EncodedRow]:
+    """Random training rows with one beginning, whose first 8 tokens are not learned."""
+    import numpy as np
+
+    from deploykit.tasks.text_generation.encode import EncodedRow
+
+    random = np.random.default_rng(seed)
+    beginning = random.integers(6, 390, 5)
+    return [
+        EncodedRow(np.append(beginning, random.integers(6, 390, n)), np.arange(n + 5) > 7)
+        for n in random.integers(8, 20, count)
+    ]

@@ -6,7 +6,7 @@ import os
 import runpy
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,17 +23,31 @@ ALWAYS_OPTIMIZED = ("avx2", "avxvnni")
 """Their assembler needs constants that only an optimizer finds."""
 
 
-def compile_engine(folder: Path, target: str, *programs: Path, optimize: bool = True) -> list[str]:
+def compile_engine(
+    folder: Path,
+    target: str,
+    *programs: Path,
+    optimize: bool = True,
+    cpus: Mapping[str, str] = {},
+    flags: Mapping[str, tuple[str, ...]] = {},
+) -> list[str]:
     """Compile the engine's files and ``programs`` for a target of setup.py's, as it does. Zig keeps what it compiled in this
-    tree: the first time takes a minute of a CPU, or a fifth of it with ``optimize=False``, later ones a second."""
+    tree: the first time takes a minute of a CPU, or a fifth of it with ``optimize=False``, later ones a second.
+
+    A program takes the place of the engine's file of its name. ``cpus`` and ``flags``: others for the files of these names,
+    without .c.
+    """
     architecture, zig = BUILD["TARGETS"][target][:2]
-    sources = {**BUILD["native_sources"](architecture), **dict.fromkeys(map(str, programs))}
+    own = {program.stem for program in programs}
+    sources = {s: cpu for s, cpu in BUILD["native_sources"](architecture).items() if Path(s).stem not in own}
+    sources |= dict.fromkeys(map(str, programs))
 
     def compiled(source: str) -> str:
-        out = str(folder / f"{Path(source).stem}.o")
-        cpu = sources[source] or BUILD["CPUS"][architecture]["scalar"]
-        flags = () if optimize or Path(source).stem in ALWAYS_OPTIMIZED else UNOPTIMIZED
-        subprocess.run((*BUILD["compiler"](zig, cpu), *flags, "-c", source, "-o", out), cwd=ROOT, check=True)
+        name = Path(source).stem
+        out = str(folder / f"{name}.o")
+        cpu = cpus.get(name) or sources[source] or BUILD["CPUS"][architecture]["scalar"]
+        more = (*(() if optimize or name in ALWAYS_OPTIMIZED else UNOPTIMIZED), *flags.get(name, ()))
+        subprocess.run((*BUILD["compiler"](zig, cpu), *more, "-c", source, "-o", out), cwd=ROOT, check=True)
         return out
 
     with ThreadPoolExecutor(2) as pool:

@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from language_models import random_model, tokenizer, write_checkpoint
+from language_models import encoded_rows, random_model, tokenizer, write_checkpoint
 from torch.nn import functional
 
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 from deploykit.tasks.text_generation.distill import Teacher, check_teacher
-from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
 from deploykit.tasks.text_generation.packing import IGNORED, pack, pack_sharing, pad
 from deploykit.tasks.text_generation.sft import supervised_loss, train
 from deploykit.training import losses
-
-
-def rows(count: int, seed: int = 0) -> list[EncodedRow]:
-    random = np.random.default_rng(seed)
-    beginning = random.integers(6, 390, 5)
-    return [
-        EncodedRow(np.append(beginning, random.integers(6, 390, n)), np.arange(n + 5) > 7)
-        for n in random.integers(8, 20, count)
-    ]
 
 
 def weights(seed: int, name: str = "llama", **settings: Any) -> Any:
@@ -45,7 +34,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
 ) -> None:
     monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 400 * 7)
     student, other = weights(1, name), weights(2, name, vocab_size=vocabulary)
-    batch = pad(rows(4), 5)
+    batch = pad(encoded_rows(4), 5)
     labels = batch.pop("labels")
     known = labels[:, 1:] != IGNORED
     logits, theirs = student(**batch).logits[:, :-1][known], other(**batch).logits[:, :-1][known][:, :400].detach()
@@ -55,7 +44,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
     expected = 0.3 * functional.cross_entropy(logits, labels[:, 1:][known], reduction="sum") + 0.7 * 9 * taught
     (expected / 5).backward()
     gradients = {key: weight.grad.clone() for key, weight in student.named_parameters() if weight.grad is not None}
-    for made in (pad(rows(4), 5), pack(rows(4)), pack_sharing(rows(4))):
+    for made in (pad(encoded_rows(4), 5), pack(encoded_rows(4)), pack_sharing(encoded_rows(4))):
         if "attention_mask" in made and made["attention_mask"].dim() == 4:
             if name == "gemma2":
                 continue  # it trains with eager attention, and shares nothing
@@ -74,7 +63,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
 
 @pytest.mark.parametrize("adapter", [0, 8])
 def test_a_student_learns_its_teacher_where_the_tokens_are_noise(adapter: int, tmp_path: Path) -> None:
-    teacher, held_out = Teacher(weights(2), 1.0, 1.0), pack(rows(20, seed=1))
+    teacher, held_out = Teacher(weights(2), 1.0, 1.0), pack(encoded_rows(20, seed=1))
 
     def distance(model: Any) -> float:
         """The divergence alone, on rows that were not trained on."""
@@ -93,7 +82,9 @@ def test_a_student_learns_its_teacher_where_the_tokens_are_noise(adapter: int, t
             distill_alpha=share, distill_temperature=1.0, validation_fraction=0.0, lora_r=adapter,
         )  # fmt: skip
         taught = Teacher(teacher.model, share, 1.0)
-        model, _ = train(model, rows(150), [], facts, options, tmp_path / str(share), lambda _: None, None, taught)
+        model, _ = train(
+            model, encoded_rows(150), [], facts, options, tmp_path / str(share), lambda _: None, None, taught
+        )
         after[share] = distance(model)
     assert after[1.0] < 0.75 * min(after[0.0], distance(weights(1)))
 

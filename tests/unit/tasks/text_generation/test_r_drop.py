@@ -5,29 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from language_models import random_model, tokenizer
+from language_models import encoded_rows, random_model, tokenizer
 
 from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 from deploykit.tasks.text_generation.distill import Teacher
-from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
 from deploykit.tasks.text_generation.packing import IGNORED, pack, pack_sharing, pad
 from deploykit.tasks.text_generation.sft import supervised_loss, train
 from deploykit.training.losses import divergence
-
-
-def rows(count: int, seed: int = 0) -> list[EncodedRow]:
-    random = np.random.default_rng(seed)
-    beginning = random.integers(6, 390, 5)
-    return [
-        EncodedRow(np.append(beginning, random.integers(6, 390, n)), np.arange(n + 5) > 7)
-        for n in random.integers(8, 20, count)
-    ]
 
 
 @pytest.mark.parametrize("form", [pack, pack_sharing, lambda batch: pad(batch, 5)])
@@ -40,7 +29,7 @@ def test_equal_passes_add_nothing(form: Any, taught: bool) -> None:
         other = random_model("llama", scale=3.0)
         other.set_attn_implementation("sdpa")
         teacher = Teacher(other, 0.5, 2.0)
-    batch = form(rows(4))
+    batch = form(encoded_rows(4))
     gradients = {}
     for weight in (0.0, 3.0):
         model.zero_grad()
@@ -54,7 +43,7 @@ def test_equal_passes_add_nothing(form: Any, taught: bool) -> None:
 
 def _apart(model: Any) -> float:
     """Return the divergence of two passes with different dropout, for a token that is predicted."""
-    batch = pad(rows(30, seed=1), 5)
+    batch = pad(encoded_rows(30, seed=1), 5)
     known = batch.pop("labels")[:, 1:] != IGNORED
     model.train()
     torch.manual_seed(5)
@@ -79,7 +68,7 @@ def test_r_drop_makes_passes_with_different_dropout_agree(tmp_path: Path) -> Non
             r_drop=weight,
             validation_fraction=0.0,
         )
-        model, _ = train(model, rows(150), [], facts, options, tmp_path / str(weight), lambda _: None)
+        model, _ = train(model, encoded_rows(150), [], facts, options, tmp_path / str(weight), lambda _: None)
         after[weight] = _apart(model)
     assert after[5.0] < 0.7 * after[0.0]
 
@@ -89,5 +78,5 @@ def test_r_drop_without_dropout_is_refused(tmp_path: Path) -> None:
     facts = checkpoint_facts(model.config, model.generation_config, tokenizer(CHATML))
     options = TextGenerationOptions(model="m", train="t", max_steps=1, r_drop=1.0, validation_fraction=0.0)
     with pytest.raises(UsageError, match="the model has none") as error:
-        train(model, rows(4), [], facts, options, tmp_path, lambda _: None)
+        train(model, encoded_rows(4), [], facts, options, tmp_path, lambda _: None)
     assert "--attention-dropout" in error.value.remedy
