@@ -46,7 +46,9 @@ def test_a_run_without_options_chooses_says_and_keeps_them(
         "warm-up",
         "length, tokens",
     ]
-    assert said[0].endswith("0.0005   0.04 / hidden size 32 of an encoder, between 1e-05 and 0.0005")
+    assert said[0].endswith(
+        "0.0005   0.04 / hidden size 32 of an encoder, times 2/3 for more than 10 epochs, between 1e-05 and 0.0005"
+    )
     assert said[3].endswith("0        given")
     kept = read_toml(out / "finetune.toml")
     assert (kept["learning_rate"], kept["num_train_epochs"], kept["per_device_train_batch_size"], kept["max_length"]) == (

@@ -15,6 +15,9 @@ Kind = Literal["encoder", "encoder-decoder", "decoder"]
 
 _RATE_TIMES_HIDDEN = {"encoder": 0.04, "encoder-decoder": 0.04, "decoder": 0.02}
 _RATES = (1e-5, 5e-4)
+_MANY_EPOCHS = 10
+_MANY_EPOCHS_RATE = 2 / 3
+"""Few rows need more epochs at a lower rate (Mosbach et al., On the Stability of Fine-tuning BERT, ICLR 2021)."""
 _ADAPTER_RATE = 10
 """LoRA's adapters start at 0, and learn at ten times the rate of all weights (Schulman et al., LoRA Without Regret, 2025)."""
 _QAT_RATE = 0.5
@@ -41,13 +44,16 @@ class Facts:
     processes: int = 1
 
 
-def choose(facts: Facts, *, batch: int = 0, accumulation: int = 1) -> Recipe:
-    """Return a value and its reason for each option of the recipe; ``batch`` is the size that the user gave, or 0."""
+def choose(facts: Facts, *, batch: int = 0, accumulation: int = 1, epochs: float = 0.0, max_steps: int = 0) -> Recipe:
+    """Return a value and its reason for each option of the recipe; ``batch``, ``epochs`` and ``max_steps`` are those that the
+    user gave, or 0."""
     length = _length(facts)
     size = _batch(facts, length.value)
+    steps = max(1, math.ceil(facts.rows / ((batch or size.value) * facts.processes * accumulation)))
+    chosen_epochs = _epochs(facts, steps)
     return {
-        "learning_rate": _rate(facts),
-        "num_train_epochs": _epochs(facts, (batch or size.value) * facts.processes * accumulation),
+        "learning_rate": _rate(facts, max_steps / steps or epochs or chosen_epochs.value),
+        "num_train_epochs": chosen_epochs,
         "per_device_train_batch_size": size,
         "warmup_ratio": ChosenValue(_WARMUP, "the share of the steps in which the new head settles"),
         "max_length": length,
@@ -69,12 +75,15 @@ def kind_of(config: Any) -> Kind:
     )
 
 
-def _rate(facts: Facts) -> ChosenValue:
+def _rate(facts: Facts, epochs: float) -> ChosenValue:
     base = _RATE_TIMES_HIDDEN[facts.kind]
     low, high = _RATES
-    rate = min(max(base / facts.hidden, low), high)
+    exact = base / facts.hidden
     reason = f"{base:g} / hidden size {facts.hidden} of an {facts.kind}".replace("an decoder", "a decoder")
-    if rate != base / facts.hidden:
+    if epochs > _MANY_EPOCHS:
+        exact, reason = exact * _MANY_EPOCHS_RATE, f"{reason}, times 2/3 for more than {_MANY_EPOCHS} epochs"
+    rate = min(max(exact, low), high)
+    if rate != exact:
         reason += f", between {low:g} and {high:g}"
     if facts.adapter:
         rate, reason = rate * _ADAPTER_RATE, f"{reason}; times {_ADAPTER_RATE} for an adapter"
@@ -83,9 +92,8 @@ def _rate(facts: Facts) -> ChosenValue:
     return ChosenValue(float(f"{rate:.2g}"), reason)
 
 
-def _epochs(facts: Facts, batch: int) -> ChosenValue:
+def _epochs(facts: Facts, steps: int) -> ChosenValue:
     low, high = _EPOCHS
-    steps = max(1, math.ceil(facts.rows / batch))
     if facts.rounded:
         return ChosenValue(1.0, "--qat continues from a trained model")
     if facts.rows > _VERY_MANY_ROWS:

@@ -173,7 +173,7 @@ class ClassificationStage:
         if options.unset:
             choices = choose(
                 self._facts(rows), batch=options.per_device_train_batch_size,
-                accumulation=options.gradient_accumulation_steps,
+                accumulation=options.gradient_accumulation_steps, epochs=options.num_train_epochs, max_steps=options.max_steps,
             )  # fmt: skip
             chosen = {name: choices[name] for name in options.unset}
             if options.qat and "max_length" in chosen:

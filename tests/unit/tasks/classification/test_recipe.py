@@ -13,7 +13,7 @@ from deploykit.tasks.classification.recipe import Facts, choose, kind_of
 MINILM = Facts("encoder", hidden=384, limit=512, rows=1600, lengths=[20] * 100)
 
 
-def values(facts: Facts, **given: int) -> dict[str, Any]:
+def values(facts: Facts, **given: Any) -> dict[str, Any]:
     return {name: choice.value for name, choice in choose(facts, **given).items()}
 
 
@@ -47,6 +47,23 @@ def test_the_rate_falls_with_the_hidden_size(changes: dict[str, Any], rate: floa
 
 
 @pytest.mark.parametrize(
+    ("rows", "given", "rate"),
+    [
+        (464, {}, 6.9e-5),  # 11 epochs
+        (480, {}, 1e-4),  # 10 epochs
+        (160, {"epochs": 3}, 1e-4),
+        (1600, {"epochs": 11}, 6.9e-5),
+        (1600, {"max_steps": 1001}, 6.9e-5),
+        (160, {"epochs": 20, "max_steps": 50}, 1e-4),
+    ],
+)
+def test_the_rate_is_lower_for_many_epochs(rows: int, given: dict[str, Any], rate: float) -> None:
+    found = choose(dataclasses.replace(MINILM, rows=rows), **given)["learning_rate"]
+    assert found.value == rate
+    assert found.reason.endswith(", times 2/3 for more than 10 epochs") == (rate < 1e-4)
+
+
+@pytest.mark.parametrize(
     ("rows", "epochs", "batch"), [(160, 20, 16), (800, 6, 16), (2000, 3, 16), (8000, 3, 32), (50_000, 2, 32)]
 )
 def test_few_rows_are_seen_often(rows: int, epochs: float, batch: int) -> None:
@@ -56,7 +73,8 @@ def test_few_rows_are_seen_often(rows: int, epochs: float, batch: int) -> None:
 
 def test_epochs_follow_a_batch_that_is_given_and_processes_share_one_that_is_chosen() -> None:
     rows = dataclasses.replace(MINILM, rows=640)
-    assert values(rows, batch=64)["num_train_epochs"] == 20
+    assert (found := values(rows, batch=64))["num_train_epochs"] == 20
+    assert found["learning_rate"] == 6.9e-5
     assert values(rows, batch=8, accumulation=2) == {**values(rows), "num_train_epochs": 8}
     assert values(dataclasses.replace(rows, processes=4)) == {**values(rows), "per_device_train_batch_size": 4}
 
