@@ -1,15 +1,16 @@
 """Compare `deploykit finetune` without options with the best run of a search, on small sets of real rows.
 
 All sets are classified by the demo's MiniLM. A search draws learning rate, epochs, batch, warm-up and weight decay by TPE, ends
-bad runs early by the median rule, and takes the best run on the validation rows. Both are then measured on the test
-rows, with the 95 % interval of their difference (paired bootstrap). Embeddings of tokens that no text of a set has are left
-out, which saves time and changes no result. Writes bench/results/<date>-defaults.json; a killed run can be continued.
+bad runs early by the median rule, and takes the best run on the validation rows. Two runs with the same values and other
+seeds differ by a point or more on such sets, so both sides then train with several seeds on the same rows. Their means on
+the test rows are compared, with the 95 % interval of the difference over rows (paired bootstrap). Embeddings of tokens that
+no text of a set has are left out, which saves time and changes no result. Writes bench/results/<date>-defaults.json; a killed
+run can be continued, and a changed default needs no new search.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import dataclasses
 import datetime
@@ -17,7 +18,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from suite import begin, say, write_record
 from transformers import set_seed
 
 from deploykit.artifacts import digest_of, new_file
-from deploykit.bootstrap import differences
+from deploykit.bootstrap import Measure, differences, intervals
 from deploykit.data.pypi_archives import fetch
 from deploykit.measurement_log import MeasurementLog
 from deploykit.runtime.tokenizer import Encoded
@@ -38,7 +39,7 @@ from deploykit.tasks.classification.checkpoint import TorchClassifier, tried
 from deploykit.tasks.classification.demo import MINILM, TWEETS
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.options import ClassificationOptions
-from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals
+from deploykit.tasks.classification.resampling import measure_of
 from deploykit.tasks.classification.training import ClassificationStage
 from deploykit.training.checkpoint import load_for_training, quiet
 from deploykit.training.rows import read_rows
@@ -110,7 +111,7 @@ SETS: Mapping[str, SmallSet] = {
 
 
 class Subject:
-    """A set with its rows tokenized once, and the model that all runs start from."""
+    """A set with its rows tokenized once."""
 
     def __init__(self, chosen: SmallSet, folder: Path) -> None:
         whole = chosen.train + chosen.validation + chosen.test
@@ -127,21 +128,14 @@ class Subject:
         self.rows = read_rows(stage, self.options, lambda line: None)
         self.whole, self.recipe = stage.complete(self.rows)
         task = stage.task(self.rows)
-        set_seed(self.options.seed)
         model = load_for_training(self.whole.origin, **task.model_config).model
         classifier = tried(TorchClassifier(model, stage.tokenizer, task), self.whole.origin)
         encoded = {name: classifier.encode([row.asked for row in rows]) for name, rows in self.rows.splits.items()}
         used = np.unique(
             np.concatenate([[task.pad_token_id], *(ids for split in encoded.values() for ids in split.ids)])
         )
-        table = model.get_input_embeddings()
+        self._used = torch.from_numpy(used)
         self.task = dataclasses.replace(classifier.task, pad_token_id=int(np.searchsorted(used, task.pad_token_id)))
-        model.set_input_embeddings(
-            torch.nn.Embedding.from_pretrained(
-                table.weight.detach()[torch.from_numpy(used)], freeze=False, padding_idx=self.task.pad_token_id
-            )
-        )
-        self._model = model.train()
         self.splits = {
             name: EncodedTexts(
                 Encoded([np.searchsorted(used, ids).tolist() for ids in split.ids], split.types),
@@ -151,13 +145,13 @@ class Subject:
         }  # fmt: skip
 
     def train(self, values: Mapping[str, Any], watch: Callable[[float, float], None] | None = None) -> dict[str, Any]:
-        """Train with these options. Returns scores of the validation and test rows, and seconds of wall and CPU time."""
+        """Train with these options; a seed changes the head and the order of the rows, not the split. Returns scores of the
+        validation and test rows, and seconds of wall and CPU time."""
         options = dataclasses.replace(self.whole, **values)
         begun, spent = time.monotonic(), time.process_time()
-        set_seed(options.seed)
         with tempfile.TemporaryDirectory() as work, watched(watch):
             model = fit(
-                copy.deepcopy(self._model),
+                self._model(options.seed),
                 self.splits["train"],
                 self.splits["validation"],
                 options,
@@ -167,15 +161,51 @@ class Subject:
         scores = {name: self._scores(model, self.splits[name]).tolist() for name in ("validation", "test")}
         return {**scores, "seconds": time.monotonic() - begun, "cpu_seconds": time.process_time() - spent}
 
-    def metrics(self, split: str, scores: Any) -> dict[str, Any]:
-        return metrics_with_intervals(self.task, self.splits[split].targets, np.array(scores, np.float32))
+    def macro_f1(self, split: str, runs: Sequence[Mapping[str, Any]]) -> float:
+        """Return the mean over runs."""
+        return float(self._measure(split, runs)(np.ones(len(self.splits[split])))["macro_f1"])
 
-    def difference(self, ours: Any, theirs: Any) -> dict[str, Any]:
-        """Compare two runs on the test rows."""
-        truth = self.splits["test"].targets
-        first, second = (measure_of(self.task, truth, np.array(scores, np.float32)) for scores in (ours, theirs))
-        found: dict[str, Any] = differences(first, second, len(truth))["macro_f1"]
+    def measured(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return means over runs of the same values with different seeds."""
+        rows = len(self.splits["test"])
+        measure = self._measure("test", runs)
+        return {
+            "macro_f1": self.macro_f1("test", runs),
+            "interval": intervals(measure, rows)["macro_f1"],
+            "of_seeds": [self.macro_f1("test", [run]) for run in runs],
+            "accuracy": float(measure(np.ones(rows))["accuracy"]),
+            "validation_macro_f1": self.macro_f1("validation", runs),
+            "seconds_one": float(np.mean([run["seconds"] for run in runs])),
+            "cpu_seconds": float(np.mean([run["cpu_seconds"] for run in runs])),
+        }
+
+    def difference(self, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Compare the means of two groups of runs on the test rows."""
+        found: dict[str, Any] = differences(
+            self._measure("test", ours), self._measure("test", theirs), len(self.splits["test"])
+        )["macro_f1"]
         return found
+
+    def _measure(self, split: str, runs: Sequence[Mapping[str, Any]]) -> Measure:
+        truth = self.splits[split].targets
+        of_runs = [measure_of(self.task, truth, np.array(run[split], np.float32)) for run in runs]
+
+        def measure(weights: Any) -> dict[str, Any]:
+            found = [of_run(weights) for of_run in of_runs]
+            return {name: np.mean([one[name] for one in found], axis=0) for name in ("macro_f1", "accuracy")}
+
+        return measure
+
+    def _model(self, seed: int) -> Any:
+        """Return the model that a run starts from."""
+        set_seed(seed)
+        model = load_for_training(self.whole.origin, **self.task.model_config).model
+        table = model.get_input_embeddings().weight.detach()
+        model.set_input_embeddings(
+            torch.nn.Embedding.from_pretrained(table[self._used], freeze=False, padding_idx=self.task.pad_token_id)
+        )
+        set_seed(seed)
+        return model.train()
 
     def _scores(self, model: Any, texts: EncodedTexts) -> Any:
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
@@ -194,16 +224,23 @@ def compare(key: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = SETS[key]
     runs = options.runs or chosen.runs
     subject = Subject(chosen, options.folder)
-    log = MeasurementLog(
-        options.folder / f"defaults-{key}.log.json", digest_of("defaults", dataclasses.asdict(subject.whole)), say
-    )
-    ours = log.measured(f"default {sorted(values_of(subject).items())}", partial(subject.train, {}))
-    score = subject.metrics("test", ours["test"])
-    say(f"{key}: default {values_of(subject)}: test macro-F1 {score['macro_f1']:.4f}, {ours['seconds']:.0f} s")
+    # The values of the recipe, but the length, are not those of the search's runs.
+    facts = dataclasses.asdict(subject.options), subject.whole.max_length
+    log = MeasurementLog(options.folder / f"defaults-{key}.log.json", digest_of("defaults", facts), say)
+
+    def of_seeds(name: str, values: Mapping[str, Any], first: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        more = range(len(first), options.seeds)
+        return [
+            *first,
+            *(log.measured(f"{name}, seed {seed}", partial(subject.train, {**values, "seed": seed})) for seed in more),
+        ]
+
+    ours = of_seeds(f"default {sorted(values_of(subject).items())}", {})
+    say(f"{key}: default {values_of(subject)}: test macro-F1 {subject.macro_f1('test', ours):.4f}")
     searched = search(subject, chosen, runs, log)
     best = max((run for run in searched if not run["pruned"]), key=lambda run: run["selection"])
-    found = subject.metrics("test", best["test"])
-    say(f"{key}: search {best['values']}: test macro-F1 {found['macro_f1']:.4f}")
+    theirs = of_seeds(f"best {sorted(best['values'].items())}", best["values"], [best])
+    say(f"{key}: search {best['values']}: test macro-F1 {subject.macro_f1('test', theirs):.4f}")
     return {
         "key": key,
         "title": chosen.title,
@@ -212,17 +249,17 @@ def compare(key: str, options: argparse.Namespace) -> dict[str, Any]:
         "default": {
             "values": values_of(subject),
             "reasons": {name: choice.reason for name, choice in subject.recipe.items()},
-            **_measured(subject, ours),
+            **subject.measured(ours),
         },
         "search": {
             "runs": len(searched),
             "ended_early": sum(run["pruned"] for run in searched),
             "seconds": sum(run["seconds"] for run in searched),
             "values": best["values"],
-            **_measured(subject, best),
+            **subject.measured(theirs),
             "all": [{name: run[name] for name in ("values", "selection", "pruned", "seconds")} for run in searched],
         },
-        "difference": subject.difference(ours["test"], best["test"]),
+        "difference": subject.difference(ours, theirs),
     }
 
 
@@ -282,22 +319,11 @@ def _run(subject: Subject, trial: optuna.Trial, values: Mapping[str, Any]) -> di
     }  # fmt: skip
 
 
-def _measured(subject: Subject, run: Mapping[str, Any]) -> dict[str, Any]:
-    test = subject.metrics("test", run["test"])
-    return {
-        "macro_f1": test["macro_f1"],
-        "interval": test["intervals"]["macro_f1"],
-        "accuracy": test["accuracy"],
-        "validation_macro_f1": subject.metrics("validation", run["validation"])["macro_f1"],
-        "seconds_one": run["seconds"],
-        "cpu_seconds": run["cpu_seconds"],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--runs", type=int, default=0, help="Runs of each search (default: as many as the set has).")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs of the default and of the search's best values.")
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="Where data, model and logs are kept.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results" / f"{datetime.date.today()}-defaults.json")
