@@ -45,15 +45,22 @@ class EvaluationRows:
     def references(self) -> list[str]:
         return [row.answer for row in self.rows if row.text is None]
 
+    @property
+    def asking(self) -> list[int]:
+        """The places of the rows that have a prompt."""
+        return [i for i, row in enumerate(self.rows) if row.text is None]
+
     def some(self, count: int) -> EvaluationRows:
         """Return ``count`` of the rows, evenly over their order."""
-        places = evenly(range(len(self.rows)), count)
-        asked = [i for i, row in enumerate(self.rows) if row.text is None]
-        at = {row: i for i, row in enumerate(asked)}
+        return self.at(evenly(range(len(self.rows)), count))
+
+    def at(self, places: Sequence[int]) -> EvaluationRows:
+        """Return the rows at ``places``."""
+        prompt = {row: i for i, row in enumerate(self.asking)}
         return EvaluationRows(
             [self.rows[i] for i in places],
             [self.encoded[i] for i in places],
-            [self.prompts[at[i]] for i in places if i in at],
+            [self.prompts[prompt[i]] for i in places if i in prompt],
         )
 
 
@@ -117,12 +124,8 @@ class Measured:
 
     def at(self, places: Sequence[int]) -> Measured:
         """Return the results on some rows, all of which ask something and were answered."""
-        asking = {i: n for n, i in enumerate(i for i, row in enumerate(self.asked.rows) if row.text is None)}
-        asked = EvaluationRows(
-            [self.asked.rows[i] for i in places],
-            [self.asked.encoded[i] for i in places],
-            [self.asked.prompts[asking[i]] for i in places],
-        )
+        asking = {i: n for n, i in enumerate(self.asked.asking)}
+        asked = self.asked.at(places)
         scores, texts = [self.scores[i] for i in places], [self.texts[i] for i in places]
         answers = [self.answers[asking[i]] for i in places]
         return Measured(asked, asked, scores, texts, answers, self.options)
@@ -143,7 +146,7 @@ class Measured:
             return scored
         answers = [answer.text for answer in self.answers]
         own = answer_measure(answers, self.some.references, **self.options)
-        at = [i for i, row in enumerate(self.asked.rows) if row.text is None]
+        at = self.asked.asking
         # A draw without any row that asks something counts them alike.
         return lambda weights: {**scored(weights), **own(np.maximum(weights[..., at], 1e-9))}
 
@@ -160,12 +163,14 @@ class Measured:
 def measure_rows(
     generator: LocalGenerator, asked: EvaluationRows, sampling: Sampling | None = None, *, answer_regex: str | None = None,
     syntax: str | None = None, answered: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Measured:  # fmt: skip
-    """Score all rows, and answer ``answered`` of them (None: all)."""
+) -> tuple[Measured, list[str]]:  # fmt: skip
+    """Score all rows, and answer ``answered`` of them (None: all). Returns the results of the rows for which the model
+    computes numbers, and a line for each other row. Raises DataError if there is no such row."""
     parser = None if syntax is None else check_syntax(syntax)
     if answer_regex is not None:
         compiled(answer_regex)
-    some = asked if answered is None else asked.some(answered)
+    chosen = range(len(asked.rows)) if answered is None else evenly(range(len(asked.rows)), answered)
+    some = asked.at(chosen)
     total, done = len(asked.rows) + len(some.prompts), 0
 
     def step(count: int) -> None:
@@ -175,14 +180,26 @@ def measure_rows(
 
     scores = []
     for score in generator.score(asked.encoded):
-        if not np.isfinite(score.logprobs).all():
-            raise NoNumberError
         scores.append(score)
         step(1)
-    texts = [generator.tokenizer.decode(row.ids[row.supervised].tolist()) for row in asked.encoded]
     sampling = dataclasses.replace(sampling or generator.task.sampling, n=1)
-    answers = [found[0] for found in generator.generate(some.prompts, sampling, progress=step)] if some.prompts else []
-    return Measured(asked, some, scores, texts, answers, {"answer_regex": answer_regex, "syntax": parser})
+    found = generator.try_generate(some.prompts, sampling, progress=step) if some.prompts else []
+    answers = {chosen[i]: answer for i, answer in zip(some.asking, found)}
+    broken = {i for i, score in enumerate(scores) if not np.isfinite(score.logprobs).all()}
+    broken |= {i for i, answer in answers.items() if isinstance(answer, NoNumberError)}
+    refused = [f"{asked.rows[i].origin}: {NoNumberError().message}" for i in sorted(broken)]
+    if len(broken) == len(scores):
+        raise DataError(refused[0], NoNumberError().remedy)
+    kept = asked.at([i for i in range(len(scores)) if i not in broken])
+    measured = Measured(
+        kept,
+        asked.at([i for i in chosen if i not in broken]),
+        [score for i, score in enumerate(scores) if i not in broken],
+        [generator.tokenizer.decode(row.ids[row.supervised].tolist()) for row in kept.encoded],
+        [answer[0] for i, answer in answers.items() if i not in broken and not isinstance(answer, NoNumberError)],
+        {"answer_regex": answer_regex, "syntax": parser},
+    )
+    return measured, refused
 
 
 def room_for(tokenizer: ChatTokenizer, asked: EvaluationRows) -> int:
@@ -216,7 +233,8 @@ def measure_file(
     asked, problems = read_asked(source, generator, split=split, reading=reading, columns=columns)
     reading.stop_at(problems)
     regex, syntax = columns.get("answer_regex"), columns.get("syntax")
-    return measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax, progress=progress), problems
+    measured, refused = measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax, progress=progress)
+    return measured, problems + refused
 
 
 def answers_to(generator: TextGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:

@@ -113,12 +113,9 @@ class LocalGenerator:
     ) -> list[list[Generated] | DataError]:
         """Return the answers to each prompt, or why it is refused; see ``TextGenerator``."""
         encoded = [self._encoded(prompt, sampling) for prompt in prompts]
-        queries = iter(self._run([ids for ids in encoded if not isinstance(ids, DataError)], sampling, progress))
-
-        def answered(query: Query) -> list[Generated] | DataError:
-            return query.error if isinstance(query.error, NoNumberError) else generated(query, self.tokenizer)
-
-        return [ids if isinstance(ids, DataError) else answered(next(queries)) for ids in encoded]
+        accepted = [ids for ids in encoded if not isinstance(ids, DataError)]
+        answers = iter(self.try_generate(accepted, sampling, progress=progress))
+        return [ids if isinstance(ids, DataError) else next(answers) for ids in encoded]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they arrive. Raises DataError for a prompt that is refused."""
@@ -171,6 +168,19 @@ class LocalGenerator:
         computes no number.
         """
         return [generated(query, self.tokenizer) for query in self._run(prompts, sampling, progress)]
+
+    def try_generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling | None = None,
+        *,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Generated] | NoNumberError]:
+        """Return the same as ``generate``, but the error of a prompt for which the model computes no number."""
+        return [
+            query.error if isinstance(query.error, NoNumberError) else generated(query, self.tokenizer)
+            for query in self._run(prompts, sampling, progress)
+        ]
 
     def _run(
         self, prompts: Sequence[list[int]], sampling: Sampling | None, progress: Callable[[int], None]

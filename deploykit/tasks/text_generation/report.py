@@ -125,7 +125,7 @@ def _robustness(
     def noisy(rewrite: Noisy) -> Mapping[str, Any]:
         asked, _ = ask(generator.tokenizer, [noisy_prompt(row, rewrite) for row in rows], generator.task.max_length)
         regex, syntax = columns.get("answer_regex"), columns.get("syntax")
-        return measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax).metrics()
+        return measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax)[0].metrics()
 
     return robustness(measured.at(some).metrics(), noisy, names)
 

@@ -254,7 +254,7 @@ class TextGenerationStage:
     def _evaluated(self, generator: TorchGenerator, asked: EvaluationRows) -> Measured:
         sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         options = self._options
-        return measure_rows(
+        measured, refused = measure_rows(
             generator,
             asked,
             sampling,
@@ -262,6 +262,9 @@ class TextGenerationStage:
             syntax=options.syntax,
             answered=options.eval_rows,
         )
+        if refused:  # two models are compared on the same rows
+            raise DataError(refused[0], "leave the row out, or start from another checkpoint")
+        return measured
 
     def _answers(self, generator: TorchGenerator, asked: EvaluationRows) -> list[str]:
         sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))

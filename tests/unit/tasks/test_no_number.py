@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForQuestionAnswering
 from translators import Case, V, case, results
 
+from deploykit.data.reading import AS_FOUND
 from deploykit.errors import DataError
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.finite import NoNumberError
@@ -28,10 +30,12 @@ from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.answering import answer_rows, rows_of
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier
+from deploykit.tasks.protocol import Evaluation
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.evaluate import found_for
 from deploykit.tasks.question_answering.facts import as_text
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
+from deploykit.tasks.text_generation.evaluate import evaluate_file
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
 from deploykit.tasks.translation.predictor import Job, Translator
 
@@ -108,10 +112,10 @@ def test_no_number_is_no_right_answer_to_a_question_that_has_none(answerer: Torc
 
 
 class Broken:
-    """A language model whose logits are ``value`` after a token 7."""
+    """A language model whose logits are ``value`` after the token ``after``."""
 
-    def __init__(self, model: Any, value: float, tokens: slice) -> None:
-        self._model, self._value, self._tokens = model, value, tokens
+    def __init__(self, model: Any, value: float, tokens: slice, after: int = 7) -> None:
+        self._model, self._value, self._tokens, self._after = model, value, tokens, after
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -122,12 +126,12 @@ class Broken:
 
     def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float32]:
         logits = self._model.feed(ids, wanted).copy()
-        logits[[i for i, place in enumerate(wanted) if 7 in ids[: place + 1]], self._tokens] = self._value
+        logits[[i for i, place in enumerate(wanted) if self._after in ids[: place + 1]], self._tokens] = self._value
         return logits
 
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         logits = self._model.step(tokens).copy()
-        logits[tokens == 7, self._tokens] = self._value
+        logits[tokens == self._after, self._tokens] = self._value
         return logits
 
 
@@ -167,6 +171,35 @@ def test_a_prompt_without_logits_fails_alone(
     assert generator.model.rows == 0
     with pytest.raises(NoNumberError):
         list(generator.stream(bad, sampling))
+
+
+def test_an_evaluated_row_without_logits_is_named_and_the_others_are_measured(
+    tmp_path: Path,
+) -> None:
+    own = byte_tokenizer("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    random = random_model("gpt2")
+    language_model = TorchGenerator(random, own, checkpoint_facts(random.config, random.generation_config, own))
+    (token,) = language_model.tokenizer.tokenizer.encode("x").ids
+    model = Broken(language_model.model, math.nan, slice(None), after=token)
+    generator = LocalGenerator(language_model.task, language_model.tokenizer, model)
+    sampling = Sampling(max_new_tokens=4, ignore_eos=True)
+
+    def evaluated(name: str, rows: Sequence[tuple[str, str]]) -> Evaluation:
+        path = tmp_path / name
+        lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return evaluate_file(
+            generator, str(path), sampling, split="test", reading=AS_FOUND, columns={}, progress=lambda done, of: None
+        )
+
+    good, late = [("list", "ls"), ("show", "cat")], ("copy", "xcp")
+    found = evaluated("rows.jsonl", [good[0], ("x", "rm"), good[1], late])
+    alone = evaluated("good.jsonl", good)
+    assert found.metrics == alone.metrics
+    assert found.rows == alone.rows == 2
+    assert found.problems == tuple(f"rows.jsonl:{line}: {TOLD}" for line in (2, 4))
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: the model computed no number"):
+        evaluated("bad.jsonl", [("x", "rm"), late])
 
 
 def language_model_reply(generator: TorchGenerator, prompt: str, sampling: Sampling) -> list[Generated]:
