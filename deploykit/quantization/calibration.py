@@ -9,6 +9,7 @@ ONNX Runtime's histogram calibrators keep the activations of all rows in memory 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifacts import MANIFEST, load_manifest
-from deploykit.errors import ArtifactError, CorruptArtifactError, ExportError, first_line
+from deploykit.errors import ArtifactError, CorruptArtifactError, DataError, ExportError, first_line
 from deploykit.peak_memory import PeakMemory
 from deploykit.quantization.qdq import Ranges
 
@@ -143,13 +144,19 @@ Observe = Callable[[str, NDArray[np.float32]], None]
 def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
     """Build the histograms of all activations that ``run`` observes. ``run`` is called twice and must observe the same.
 
-    Raises ExportError if there are none.
+    Raises ExportError if there are none, and DataError if one has NaN or infinity.
     """
     extremes: dict[str, tuple[float, float]] = {}
 
     def widen(name: str, values: NDArray[np.float32]) -> None:
+        least, most = float(values.min()), float(values.max())  # NaN if any is
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise DataError(
+                f"the fp32 model computes NaN or infinity for a calibration row ({name}), and INT8 would hide it",
+                "deploykit evaluate CHECKPOINT --data FILE names the row: leave it out, or train the model again",
+            )
         low, high = extremes.get(name, (np.inf, -np.inf))
-        extremes[name] = (min(low, float(values.min())), max(high, float(values.max())))
+        extremes[name] = (min(low, least), max(high, most))
 
     def count(name: str, values: NDArray[np.float32]) -> None:
         counts[name] += np.histogram(values, bins=BINS, range=_nonempty(*extremes[name]))[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from deploykit.errors import DataError, RequestError
+from deploykit.runtime.finite import NoNumberError
 
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
@@ -28,3 +29,13 @@ def answer_each(answer: Callable[[Sequence[Asked]], Iterable[Found]], asked: Seq
             return [error]
         half = len(asked) // 2
         return [*answer_each(answer, asked[:half]), *answer_each(answer, asked[half:])]
+
+
+def stop_at_no_number(origins: Iterable[str], found: Iterable[object]) -> None:
+    """Raise DataError for the first row whose answer in ``found`` is a NoNumberError.
+
+    A checkpoint that computes NaN is not exported: INT8 forms saturate, and would hide it.
+    """
+    for origin, one in zip(origins, found):
+        if isinstance(one, NoNumberError):
+            raise DataError(f"{origin}: {one.message}", "train the model again, or leave the row out")

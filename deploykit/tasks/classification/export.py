@@ -40,6 +40,8 @@ from deploykit.quantization.search import SAMPLE
 from deploykit.quantization.smooth_quant import Scales
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.protocol import Engine
+from deploykit.runtime.finite import NoNumberError
+from deploykit.tasks.answer_each import answer_each, stop_at_no_number
 from deploykit.tasks.classification.calibration import calibrate, token_rows
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.evaluate import labelled_rows
@@ -79,6 +81,8 @@ def write(
     rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
+    grader = _Grader(directory, task, rows)
+    grader.grade_checkpoint(reference)
     say("exporting to ONNX")
     _write_fp32(reference, directory)
     keep_samples(directory, rows)
@@ -91,8 +95,6 @@ def write(
         f"tokens, batches of {', '.join(map(str, parity.batch_sizes))}"
     )
     metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
-    grader = _Grader(directory, task, rows)
-    grader.grade_checkpoint(reference)
     for name in engines_for("fp32"):
         grader.grade("fp32", name)
     check_answers(reference, load_classifier(directory, task, engine), probes(task, texts))
@@ -150,7 +152,7 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
     def __init__(self, directory: Path, task: Classification, rows: Sequence[Example]) -> None:
         super().__init__(directory)
         self._task = task
-        self._texts = [row.asked for row in rows]
+        self._texts, self._origins = [row.asked for row in rows], [row.origin for row in rows]
         self._truth = task.targets([row.label for row in rows])
         if task.regression:
             self.figures, self.limited = ("pearson", "rmse"), ("pearson",)
@@ -169,7 +171,11 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
         return self._task.decide(raw)
 
     def grade_checkpoint(self, reference: TextClassifier) -> None:
-        self._reference = reference.scores(self._texts)
+        try:
+            self._reference = reference.scores(self._texts)
+        except NoNumberError:
+            stop_at_no_number(self._origins, answer_each(reference.scores, self._texts))
+            raise
         self.enter("fp32", "pytorch", self._reference)
 
     def check_fp32(self, outputs: NDArray[np.float32], name: str) -> None:

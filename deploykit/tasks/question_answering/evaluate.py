@@ -60,10 +60,14 @@ def evaluation(task: QuestionAnswering, rows: LabelledQuestions, found: Sequence
 def found_for(
     predictor: TextAnswerer, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
 ) -> list[Found]:
-    """Answer every pair. A refused one has no spans; one for which the model computes no number has a wrong answer, since
-    "no answer" may be right."""
+    """Answer every pair; see ``as_found``."""
+    return as_found(predictor.try_all(pairs, progress=progress))
+
+
+def as_found(results: Sequence[Found | DataError]) -> list[Found]:
+    """Return the answers to measure. A refused pair has no spans; one for which the model computes no number has a wrong
+    answer, since "no answer" may be right."""
     nothing, wrong = Found((), 0.0, 0.0), Found((Span("\ufffd", 0, 0, 0.0),), _SURE, 0.0)
-    results = predictor.try_all(pairs, progress=progress)
     return [
         result if isinstance(result, Found) else wrong if isinstance(result, NoNumberError) else nothing
         for result in results

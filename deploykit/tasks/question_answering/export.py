@@ -39,9 +39,10 @@ from deploykit.quantization.search import SAMPLE
 from deploykit.quantization.smooth_quant import Scales
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.protocol import Engine
+from deploykit.tasks.answer_each import stop_at_no_number
 from deploykit.tasks.question_answering.calibration import calibrate, sample_windows, token_rows
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
-from deploykit.tasks.question_answering.evaluate import found_for, labelled_questions
+from deploykit.tasks.question_answering.evaluate import as_found, found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text
 from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.parity import check_parity
@@ -74,6 +75,8 @@ def write(
     rows = _rows(checkpoint, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} questions")
+    grader = _Grader(directory, task, rows)
+    grader.grade_checkpoint(reference)
     say("exporting to ONNX")
     _write_fp32(reference, directory)
     keep_samples(directory, rows)
@@ -86,8 +89,6 @@ def write(
         f"{', '.join(map(str, parity.batch_sizes))}; {parity.same_spans:.0%} equal spans over {parity.questions} questions"
     )
     metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
-    grader = _Grader(directory, task, rows)
-    grader.grade_checkpoint(reference)
     for name in engines_for("fp32"):
         grader.grade("fp32", name)
     ranges: Ranges = {}
@@ -162,7 +163,9 @@ class _Grader(EncoderGrader[list[Found]]):
         return [found.decide(self._task.no_answer_threshold).text for found in raw]
 
     def grade_checkpoint(self, reference: Answerer) -> None:
-        self.enter("fp32", "pytorch", self._found(reference))
+        results = reference.try_all(self._pairs)
+        stop_at_no_number([row.origin for row in self._rows], results)
+        self.enter("fp32", "pytorch", as_found(results))
 
     def outputs(self, engine: Engine) -> list[Found]:
         return self._found(load_answerer(self._directory, self._task, engine))

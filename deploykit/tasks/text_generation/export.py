@@ -88,6 +88,9 @@ def write(
     if not asked.rows:
         raise DataError("no row to measure on fits the model's context", "give other rows with --data")
     keep_samples(directory, asked.rows)
+    say(f"measuring on {len(asked.rows):,} rows")
+    grader = LanguageModelGrader(directory, task, reference.tokenizer, asked.encoded)
+    grader.grade_checkpoint(reference, [row.origin for row in asked.rows])
     say("writing the graph")
     architecture = read_causal_architecture(reference.torch_model)
     save_graphs(architecture, None, directory=directory, precision="fp32")
@@ -97,9 +100,6 @@ def write(
     )
     parity = _check_parity(directory, reference, task, asked, say)
     metrics: dict[str, Any] = {"rows": len(asked.rows), "parity": dataclasses.asdict(parity)}
-    say(f"measuring on {len(asked.rows):,} rows")
-    grader = LanguageModelGrader(directory, task, reference.tokenizer, asked.encoded)
-    grader.enter("fp32", "pytorch", list(scored(reference, asked.encoded)))
     grader.grade("fp32", ENGINE)
     static: StaticInt8 | None = None
     of_calibration: dict[str, Any] = {}

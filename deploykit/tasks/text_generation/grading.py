@@ -19,6 +19,8 @@ from deploykit.quantization.grading import Grader, Line
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.native.causal_weights import CausalWeights
 from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.finite import NoNumberError
+from deploykit.tasks.answer_each import stop_at_no_number
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
@@ -59,7 +61,8 @@ def scored(
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity becomes NaN
+        shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
 
@@ -90,6 +93,13 @@ class LanguageModelGrader(Grader[list[Scored]]):
 
     def answers(self, raw: list[Scored]) -> list[str]:
         return [str(token) for row in raw for token in row.tokens]
+
+    def grade_checkpoint(self, reference: LocalGenerator, origins: Sequence[str]) -> None:
+        """Grade PyTorch. Raises DataError for a row, of ``origins``, for which it computes NaN or infinity."""
+        raw = list(scored(reference, self.rows))
+        broken = (None if np.isfinite(row.logprobs).all() else NoNumberError() for row in raw)
+        stop_at_no_number(origins, broken)
+        self.enter("fp32", "pytorch", raw)
 
     def grade(self, precision: Precision, engine: str) -> Line:
         reference = None if precision == "fp32" else self._reference_logits()

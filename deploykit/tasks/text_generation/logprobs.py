@@ -44,6 +44,7 @@ def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLog
 
 
 def log_sum(logits: NDArray[np.float32]) -> Any:
-    """Return log(sum(exp(logits))) over the last axis, float64 [...]."""
+    """Return log(sum(exp(logits))) over the last axis, float64 [...]; NaN where the highest is infinite."""
     most = logits.max(-1)
-    return most + np.log(np.exp((logits - most[..., None]).astype(np.float64)).sum(-1))
+    with np.errstate(invalid="ignore"):
+        return most + np.log(np.exp((logits - most[..., None]).astype(np.float64)).sum(-1))

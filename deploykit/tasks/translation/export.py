@@ -40,7 +40,7 @@ from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.tasks.answer_each import answer_each
+from deploykit.tasks.answer_each import Refusal, answer_each, stop_at_no_number
 from deploykit.tasks.translation.calibration import activations_of, calibrate
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs
@@ -85,14 +85,14 @@ def write(
     rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or _MEASURED_ROWS)
     keep_samples(directory, rows)
+    say(f"measuring on {len(rows):,} rows")
+    grader = _Grader(directory, task, rows)
+    grader.grade_checkpoint(reference)
     say("writing the graphs")
     architecture = _write_fp32(checkpoint, reference, directory)
     parity_rows = [pair.source for pair in evenly(rows, _PARITY_ROWS)]
     parity = _check(directory, reference, parity_rows, say)
     metrics: dict[str, Any] = {"rows": len(rows), "parity": parity.to_json()}
-    say(f"measuring on {len(rows):,} rows")
-    grader = _Grader(directory, task, rows)
-    grader.grade_checkpoint(reference)
     grader.grade("fp32")
     ranges: Ranges = {}
     if options.int8:
@@ -249,6 +249,7 @@ class _Grader(Grader[list[str]]):
     def __init__(self, directory: Path, task: Translation, rows: Sequence[Pair]) -> None:
         super().__init__()
         self._directory, self._task = directory, task
+        self._origins = [pair.origin for pair in rows]
         self._sources, self._targets = [pair.source for pair in rows], [pair.target for pair in rows]
         self._sample: list[ForcedTranslation] = []
 
@@ -262,7 +263,9 @@ class _Grader(Grader[list[str]]):
         return raw
 
     def grade_checkpoint(self, reference: TextTranslator) -> None:
-        self.enter("fp32", "pytorch", self._texts(reference))
+        found = answer_each(reference.translate, self._sources)
+        stop_at_no_number(self._origins, found)
+        self.enter("fp32", "pytorch", _texts(found))
 
     def grade(self, precision: Precision) -> Line:
         """Grade every engine that runs here, and return the line of the one that loses most.
@@ -301,9 +304,12 @@ class _Grader(Grader[list[str]]):
         return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
 
     def _texts(self, translator: TextTranslator) -> list[str]:
-        # A text for which a form computes no number counts as untranslated.
-        found = answer_each(translator.translate, self._sources)
-        return [one.text if isinstance(one, Translated) else "" for one in found]
+        return _texts(answer_each(translator.translate, self._sources))
+
+
+def _texts(found: Sequence[Translated | Refusal]) -> list[str]:
+    # A text for which a form computes no number counts as untranslated.
+    return [one.text if isinstance(one, Translated) else "" for one in found]
 
 
 def _build_engines(
