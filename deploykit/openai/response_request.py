@@ -40,6 +40,7 @@ _OF_KIND = {
     "function_call_output": ("call_id", "output"),
 }
 """The fields of each type of item."""
+_OF_ALL_KINDS = ("type", "id", "status", "phase")
 
 
 class Item(Body):
@@ -65,12 +66,13 @@ class Item(Body):
 
     @model_validator(mode="after")
     def _complete(self) -> Item:
-        given = self.model_dump(exclude={"type", "id", "status", "phase"}, exclude_none=True)
-        for name in _OF_KIND[self.type]:
-            if given.pop(name, None) is None:
+        given, wanted = self.model_fields_set, _OF_KIND[self.type]  # without nulls, which were dropped
+        for name in wanted:
+            if name not in given:
                 raise ValueError(f"{name} is missing in a {self.type}")
-        if given:
-            raise ValueError(f"{next(iter(given))} is not a field of a {self.type}")
+        for name in type(self).model_fields:
+            if name in given and name not in wanted and name not in _OF_ALL_KINDS:
+                raise ValueError(f"{name} is not a field of a {self.type}")
         return self
 
     def message(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class ResponseBody(WithoutEffect):
             "logprobs": _LOGPROBS in self.include or self.top_logprobs is not None,
             "top_logprobs": self.top_logprobs,
             "response_format": self._format(),
-            # pydantic does not validate models again. Messages are new ones: 50 µs for 20.
+            # pydantic does not validate models again. Messages are new ones: 31 µs for 20, and 68 with model_construct.
             "tools": [Tool.model_construct(type="function", function=tool) for tool in self.tools] or None,
             "tool_choice": NamedTool.model_construct(type="function", function=self.tool_choice)
             if isinstance(self.tool_choice, NamedFunctionTool)
