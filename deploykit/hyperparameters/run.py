@@ -121,6 +121,10 @@ def _train(study: SharedStudy, run: TakenRun, options: FinetuneOptions, chosen: 
     """Train, measure and record one run."""
     words = " ".join(f"{flag(name)} {_shown(value)}" for name, value in run.values.items())
     say(f"run {run.number}{', continued' if run.continued else ''}: {words}")
+    if run.same is not None:
+        say(f"run {run.number}: has the options of run {run.same.number}, and its result")
+        study.repeat(run, run.same)
+        return
     begun = time.monotonic()
 
     def watch(done: float, selection: float) -> None:

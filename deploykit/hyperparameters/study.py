@@ -31,12 +31,14 @@ def fits(run: FrozenTrial) -> bool:
 
 @dataclass
 class TakenRun:
-    """A run that this process trains. ``lock`` is a file descriptor, held until the run ends or the process dies."""
+    """A run that this process trains. ``lock`` is a file descriptor, held until the run ends or the process dies. ``same`` is an
+    earlier run with the same values, if one has ended: training again would give its result."""
 
     trial: optuna.Trial
     values: Mapping[str, Any]
     lock: int
     continued: bool
+    same: FrozenTrial | None = None
 
     @property
     def number(self) -> int:
@@ -102,8 +104,7 @@ class SharedStudy:
         with self.locked():
             for run in self.runs:
                 if run.state == TrialState.RUNNING and (lock := self._lock(run.number)) is not None:
-                    trial = optuna.Trial(self._study, run._trial_id)
-                    return TakenRun(trial, self._values(trial), lock, continued=True)
+                    return self._taken(optuna.Trial(self._study, run._trial_id), lock, continued=True)
             if not new or len(self.runs) >= self._runs:
                 return None
             # Each run has its own seed: a continued search must not draw the same values again.
@@ -113,7 +114,12 @@ class SharedStudy:
             trial = self._study.ask()
             lock = self._lock(trial.number)
             assert lock is not None
-            return TakenRun(trial, self._values(trial), lock, continued=False)
+            return self._taken(trial, lock, continued=False)
+
+    def _taken(self, trial: optuna.Trial, lock: int, *, continued: bool) -> TakenRun:
+        values = self._values(trial)
+        ended = (run for run in self.runs if run.state in _ENDED and run.params == trial.params)
+        return TakenRun(trial, values, lock, continued, next(ended, None))
 
     @property
     def running(self) -> bool:
@@ -149,6 +155,15 @@ class SharedStudy:
                     shutil.rmtree(path, ignore_errors=True)
                 (self.folder / f"run-{ended.number:04}.lock").unlink(missing_ok=True)
         os.close(run.lock)
+
+    def repeat(self, run: TakenRun, same: FrozenTrial) -> None:
+        """Record that a run has the result of an earlier one, ``same``."""
+        for tenth, selection in same.intermediate_values.items():
+            run.trial.report(selection, tenth)
+        for name, excess in same.constraints.items():
+            run.trial.set_constraint(name, excess)
+        value = same.value if same.state == TrialState.COMPLETE else None
+        self.end(run, value, pruned=same.state == TrialState.PRUNED, **{**same.user_attrs, "seconds": 0.0})
 
     def release(self, run: TakenRun) -> None:
         """Release a run, so that a process (also this one) may take it again. It may have ended."""

@@ -113,6 +113,30 @@ def test_a_run_outside_of_the_limits_is_not_the_best(tmp_path: Path) -> None:
     assert study.best.value == 0.5
 
 
+def test_a_run_with_the_values_of_an_ended_one_has_its_result(tmp_path: Path) -> None:
+    study = _open(tmp_path, space={"optimizer": Values(("adamw",))}, start={}, runs=4)
+    first = study.take()
+    assert first is not None
+    assert first.same is None
+    study.report(first, 0.5, 0.4)
+    first.trial.set_constraint("size_mb", -1.0)
+    (tmp_path / "run-0000").mkdir()
+    study.end(first, 0.7, metric="accuracy", seconds=9.0, size_mb=3.0)
+    for number in (1, 2, 3):
+        again = study.take()
+        assert again is not None
+        assert again.same is not None
+        assert again.same.number == 0
+        study.repeat(again, again.same)
+        run = study.runs[number]
+        assert (run.value, run.intermediate_values, run.constraints) == (0.7, {5: 0.4}, {"size_mb": -1.0})
+        assert run.user_attrs == {"metric": "accuracy", "seconds": 0.0, "size_mb": 3.0}
+    assert study.take() is None
+    assert study.best is not None
+    assert study.best.number == 0, "the run that has the checkpoint"
+    assert (tmp_path / "run-0000").is_dir()
+
+
 def test_a_search_with_other_options_is_refused(tmp_path: Path) -> None:
     _open(tmp_path)
     with pytest.raises(ArtifactError, match="is a search with other options"):
