@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -81,25 +81,37 @@ def check_dropout(model: Any, remedy: str) -> None:
     raise UsageError("--r-drop compares two passes with different dropout, and the model has none", remedy)
 
 
+class Loss(Protocol):
+    def __call__(self, outputs: Any, labels: torch.Tensor, items_of_step: Any, passes: int) -> torch.Tensor:
+        """Return the loss of a task for a batch that was passed ``passes`` times, once or (R-Drop) twice: ``labels`` are those
+        of the passes, one after the other. ``items_of_step`` counts the labels of all batches of the step; None outside of
+        training."""
+
+
 class TaughtTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that passes each batch twice for R-Drop, with different dropout, and adds the loss against a teacher.
 
-    ``taught`` returns the summed distance of a model's outputs from the batch's "teacher". The task's loss function gets the labels of both
-    passes, one after the other, and adds the divergence.
+    ``taught`` returns the summed distance of a model's outputs from the batch's "teacher". The task's ``loss`` adds the divergence of
+    two passes.
     """
 
     def __init__(
         self,
         *words: Any,
         options: FinetuneOptions,
+        loss: Loss,
         taught: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
         hidden: HiddenTeacher | None = None,
         **named: Any,
     ) -> None:
-        super().__init__(*words, **named)
+        super().__init__(*words, compute_loss_func=self._loss_of_passes, **named)
+        self._loss, self._passes = loss, 1
         self._options: Any = options
         self._taught = taught
         self._hidden = hidden
+
+    def _loss_of_passes(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return self._loss(outputs, labels, num_items_in_batch, self._passes)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -108,7 +120,7 @@ class TaughtTrainer(Trainer):  # type: ignore[misc]
         items = labels.numel() if num_items_in_batch is None else num_items_in_batch
         hidden = self._hidden if model.training else None
         theirs = hidden.states(inputs) if hidden is not None else ()
-        passes = 2 if model.training and options.r_drop else 1
+        self._passes = passes = 2 if model.training and options.r_drop else 1
         if passes == 2:
             inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
         if hidden is not None:

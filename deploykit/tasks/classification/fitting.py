@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.training import trainer
 from deploykit.training.hidden_states import HiddenTeacher
-from deploykit.training.losses import TaughtTrainer
+from deploykit.training.losses import Loss, TaughtTrainer
 from deploykit.training.padding import padded
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
@@ -90,7 +90,7 @@ def fit(
             train_dataset=train_set,
             eval_dataset=validation_set,
             data_collator=train_set.collate,
-            compute_loss_func=_loss(task, train_set.targets, options),
+            loss=_loss(task, train_set.targets, options),
             compute_metrics=lambda prediction: _evaluate(task, _logits(prediction.predictions), prediction.label_ids),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
             optimizers=optimizers(model, options),
@@ -109,20 +109,19 @@ def _logits(predictions: Any) -> NDArray[np.float32]:
     return logits
 
 
-def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOptions) -> Callable[..., torch.Tensor]:
+def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOptions) -> Loss:
     weights = None
     if options.class_weights == "balanced":
         counts = targets.sum(axis=0)
         weights = torch.tensor(len(targets) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
 
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    def loss(outputs: Any, labels: torch.Tensor, items_of_step: Any, passes: int) -> torch.Tensor:
         logits = outputs["logits"].float()
-        twice = bool(options.r_drop and torch.is_grad_enabled())
         # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel() // (1 + twice)
+        items = items_of_step if items_of_step is not None else labels.numel() // passes
         own = None if weights is None else weights.to(logits.device)
         summed = summed_loss(task, logits, labels, options, own)
-        if twice:
+        if passes == 2:
             summed = summed / 2 + options.r_drop * divergence(task, *logits.chunk(2))
         return summed / items
 

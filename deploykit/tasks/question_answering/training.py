@@ -41,7 +41,7 @@ from deploykit.training import trainer
 from deploykit.training.augmentation import usable_copies
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens
 from deploykit.training.hidden_states import HiddenTeacher, check_projection
-from deploykit.training.losses import TaughtTrainer, check_dropout, divergence
+from deploykit.training.losses import Loss, TaughtTrainer, check_dropout, divergence
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers, layer_count
@@ -342,24 +342,23 @@ def _train(
             train_dataset=train_set,
             eval_dataset=train_set,  # required by Trainer but unused: ``evaluate`` answers the validation questions
             data_collator=train_set.collate,
-            compute_loss_func=_loss(options),
+            loss=_loss(options),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
             optimizers=optimizers(answerer.model, options),
         )
     )
 
 
-def _loss(options: QuestionAnsweringOptions) -> Callable[..., torch.Tensor]:
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        twice = bool(options.r_drop and torch.is_grad_enabled())
+def _loss(options: QuestionAnsweringOptions) -> Loss:
+    def loss(outputs: Any, labels: torch.Tensor, items_of_step: Any, passes: int) -> torch.Tensor:
         # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel() // (1 + twice)
+        items = items_of_step if items_of_step is not None else labels.numel() // passes
         total = torch.zeros((), device=labels.device)
         for i, logits in enumerate((outputs["start_logits"].float(), outputs["end_logits"].float())):
             own = functional.cross_entropy(
                 logits, labels[:, i], label_smoothing=options.label_smoothing_factor, reduction="sum"
             )
-            total = total + (own / 2 + options.r_drop * divergence(*logits.chunk(2)) if twice else own)
+            total = total + (own / 2 + options.r_drop * divergence(*logits.chunk(2)) if passes == 2 else own)
         return total / items
 
     return loss

@@ -20,7 +20,7 @@ from deploykit.tasks.translation.metrics import bleu_and_chrf
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.pairs import Pair
 from deploykit.training import processes, trainer
-from deploykit.training.losses import TaughtTrainer, check_dropout, token_divergence
+from deploykit.training.losses import Loss, TaughtTrainer, check_dropout, token_divergence
 from deploykit.training.padding import padded
 from deploykit.training.regularization import optimizers
 from deploykit.training.rows import Say
@@ -157,7 +157,7 @@ def train_model(
                 train_dataset=train_set,
                 eval_dataset=validation_set,
                 data_collator=train_set.collate,
-                compute_loss_func=_loss(options),
+                loss=_loss(options),
                 compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),
                 optimizers=optimizers(model, options),
@@ -167,13 +167,11 @@ def train_model(
         model.generation_config = own
 
 
-def _loss(options: TranslationOptions) -> Callable[..., torch.Tensor]:
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        twice = bool(options.r_drop and torch.is_grad_enabled())
-        passes = 1 + twice
+def _loss(options: TranslationOptions) -> Loss:
+    def loss(outputs: Any, labels: torch.Tensor, items_of_step: Any, passes: int) -> torch.Tensor:
         known = labels.flatten() != _IGNORED
         # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else known.sum() / passes
+        items = items_of_step if items_of_step is not None else known.sum() / passes
         logits = outputs["logits"].flatten(0, 1).float()
         total = functional.cross_entropy(
             logits,
@@ -182,7 +180,7 @@ def _loss(options: TranslationOptions) -> Callable[..., torch.Tensor]:
             label_smoothing=options.label_smoothing_factor,
             reduction="sum",
         )
-        if twice:
+        if passes == 2:
             total = total / 2 + options.r_drop * token_divergence(logits, known.chunk(2)[0])
         return total / items
 

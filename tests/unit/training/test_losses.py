@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from deploykit.errors import UsageError
 from deploykit.training import losses
-from deploykit.training.losses import check_dropout, divergence, soft_targets, token_divergence
+from deploykit.training.losses import TaughtTrainer, check_dropout, divergence, soft_targets, token_divergence
 
 
 def test_the_divergence_of_two_passes_is_half_of_both_ways() -> None:
@@ -61,3 +63,28 @@ def test_a_model_without_dropout_is_refused() -> None:
     adapted = _llama()
     adapted.add_module("adapter", nn.Dropout(0.05))
     check_dropout(adapted, "")
+
+
+class _Summing(nn.Module):
+    def forward(self, x: torch.Tensor, **others: Any) -> dict[str, torch.Tensor]:
+        return {"logits": x}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(("training", "r_drop", "passes"), [(True, 1.0, 2), (True, 0.0, 1), (False, 1.0, 1)])
+def test_the_loss_is_told_how_often_the_batch_was_passed(
+    gradients: bool, training: bool, r_drop: float, passes: int, tmp_path: Path
+) -> None:
+    told = []
+
+    def loss(outputs: Any, labels: torch.Tensor, items_of_step: Any, passes: int) -> torch.Tensor:
+        told.append((len(outputs["logits"]), len(labels), passes))
+        return outputs["logits"].sum()
+
+    model = _Summing().train(training)
+    options: Any = SimpleNamespace(r_drop=r_drop)
+    trainer = TaughtTrainer(model, TrainingArguments(str(tmp_path), report_to=[]), options=options, loss=loss)
+    with torch.set_grad_enabled(gradients):
+        inputs = {"x": torch.ones(3, 2), "labels": torch.ones(3)}
+        trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(3))
+    assert told == [(3 * passes, 3 * passes, passes)]
