@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
-from deploykit.data.record import Record
+from deploykit.data.record import Record, malformed
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -64,7 +65,8 @@ def read_texts(
     if columns:
         require_columns(columns, names, source, "--text-column")
     used = tuple(columns or ()) or (detect_text_column(names, (), source),)
-    for record in records:
+    for found in records:
+        record = without_dates(found, used, reading)
         if record.problem:
             yield TextRow(record.origin, None, record.problem)
         else:
@@ -188,6 +190,28 @@ def scalar(value: object) -> str | None:
         # pandas stores a column of integers with gaps as float.
         return str(int(value)) if value.is_integer() else str(value)
     return None
+
+
+def without_dates(record: Record, columns: Iterable[str], reading: Reading) -> Record:
+    """Return ``record``, malformed if one of ``columns`` holds a date, a time or a duration: they have no one spelling.
+
+    Raises DataError unless ``reading`` skips malformed rows.
+    """
+    for name in columns:
+        if kind := date_kind(record.values.get(name)):
+            error = DataError(
+                f"{record.origin}: {name!r} holds {kind}, not a text",
+                "format the column as text, or use --on-error skip",
+            )
+            return malformed(record.origin, error, reading, named=record.origin)
+    return record
+
+
+def date_kind(value: object) -> str:
+    """Return what a cell of a date, a time or a duration is; "" for another cell. Spreadsheets and Parquet have such types."""
+    if isinstance(value, datetime.date):  # also one with a time
+        return "a date"
+    return {datetime.time: "a time", datetime.timedelta: "a duration"}.get(type(value), "")
 
 
 def unanswered(texts: Sequence[str | None], problem: DataError) -> list[tuple[str, str | None]]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TextRow, detect_text_column, is_composite, peek, read_texts, require_columns, scalar
+from deploykit.data.texts import (
+    TextRow,
+    detect_text_column,
+    is_composite,
+    peek,
+    read_texts,
+    require_columns,
+    scalar,
+    without_dates,
+)
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.facts import Classification, as_text, from_text
 
@@ -83,7 +92,8 @@ def read_pairs(source: str, columns: Sequence[str], reading: Reading = AS_FOUND)
         records, names = peek(read_records(source, reading), source)
         require_columns(columns, names, source, "--text-column")
         used = tuple(columns) or detect_pair(names) or (detect_text_column(names, (), source),)
-    for record in records:
+    for found in records:
+        record = without_dates(found, used, reading)
         try:
             pair = paired(record, used)
         except DataError as error:

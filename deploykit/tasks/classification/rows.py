@@ -25,6 +25,7 @@ from deploykit.data.texts import (
     peek,
     require_columns,
     scalar,
+    without_dates,
 )
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, as_text
@@ -121,7 +122,7 @@ def load_examples(
     if pair and not text_columns:
         text_columns = detect_pair(names)
     columns = detect_columns(names, text=text_columns, labels=label_columns, source=source)
-    rows = list(records)
+    rows = [without_dates(record, (*columns.text, *columns.labels), reading) for record in records]
     if len(columns.labels) > 1:
         if not multi_label:
             raise UsageError("several --label-column are for several labels a row", "give one")

@@ -15,7 +15,7 @@ from deploykit.data.open_text import plain_suffix, read_lines
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record, malformed
-from deploykit.data.texts import TextRow, listed, peek, scalar
+from deploykit.data.texts import TextRow, listed, peek, scalar, without_dates
 from deploykit.errors import DataError
 from deploykit.tasks.question_answering.facts import as_text
 from deploykit.text import normalize
@@ -82,7 +82,7 @@ def read_rows(source: str, *, reading: Reading = AS_FOUND, split: str = "train")
     labelled = "answers" in names or "answer" in names
     for record in records:
         try:
-            yield _row(record, labelled)
+            yield _row(without_dates(record, ("question", "context", "answer"), reading), labelled)
         except DataError as error:
             bad = malformed(record.origin, error, reading, named=record.origin)
             yield RawRow(None, None, (), labelled, "", bad.origin, bad.problem)

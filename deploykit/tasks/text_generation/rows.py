@@ -14,7 +14,7 @@ from typing import Any, Literal
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import is_text_file, listed, peek, scalar, text_lines
+from deploykit.data.texts import date_kind, is_text_file, listed, peek, scalar, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
@@ -24,8 +24,7 @@ _ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant", "model": "assi
                              "chatgpt": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
 """ShareGPT's names of roles -> those of chat templates."""
 _KINDS: Mapping[str, str] = {
-    "datetime": "a date: format the column as text", "date": "a date: write it as text",
-    "time": "a time: format the column as text", "list": "a list, not a text", "dict": "an object, not a text",
+    "list": "a list, not a text", "dict": "an object, not a text",
 }  # fmt: skip
 """Type of a cell that is not a text -> what is wrong with it."""
 _PAIRS: Sequence[tuple[str, str]] = (
@@ -291,6 +290,8 @@ def _text(value: object, name: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell, in pandas' words
         return ""
     if (text := scalar(value)) is None:
+        if date := date_kind(value):
+            raise ValueError(f"{name!r} holds {date}: format the column as text")
         kind = _KINDS.get(type(value).__name__, f"{type(value).__name__}, not a text")
         raise ValueError(f"{name!r} holds {kind}")
     if len(text) > MAX_TEXT_CHARS:

@@ -13,7 +13,7 @@ from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TEXT_COLUMNS, TextRow, is_text_file, peek, text_lines
+from deploykit.data.texts import TEXT_COLUMNS, TextRow, is_text_file, peek, scalar, text_lines, without_dates
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources
 from deploykit.tasks.translation.languages import closest, distance
@@ -84,10 +84,10 @@ def load_pairs(
         )
         rows = (
             RawPair(
-                _cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin,
+                scalar(record.values.get(columns.source)), scalar(record.values.get(columns.target)), record.origin,
                 problem=record.problem,
             )
-            for record in records
+            for record in (without_dates(found, (columns.source, columns.target), reading) for found in records)
         )  # fmt: skip
     pairs = list(rows)
     if not pairs:
@@ -128,7 +128,7 @@ def read_sources(
         records, names = _table(path, (column,), (prefer,), (source,), reading, split)
         used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
         _require(used, names, path, "--source-column")
-        yield from (_source_row(record, used) for record in records)
+        yield from (_source_row(without_dates(record, (used,), reading), used) for record in records)
         return
     clean = one_line if lines else normalize  # what the reader of lines left in one is no line break
     for origin, text in texts:
@@ -136,7 +136,7 @@ def read_sources(
 
 
 def _source_row(record: Record, column: str) -> TextRow:
-    text = _cell(record.values.get(column))
+    text = scalar(record.values.get(column))
     if text is None:
         return TextRow(record.origin, None, record.problem or "the text is missing")
     return TextRow(record.origin, normalize(text), None)
@@ -263,13 +263,6 @@ def _has_no_header(
 def _flat(values: Mapping[str, object]) -> Mapping[str, object]:
     nested = {f"{name}.{key}": v for name, cell in values.items() if isinstance(cell, dict) for key, v in cell.items()}
     return {**{k: v for k, v in values.items() if not isinstance(v, dict)}, **nested} if nested else values
-
-
-def _cell(value: object) -> str | None:
-    """Return a cell as text; None if it is missing or not a single value."""
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, int | float) and value == value else None
 
 
 def _paired_files(path: str, source: str, target: str) -> tuple[Path, Path] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import pytest
 
 from deploykit.data.read import read_records, reading_notes
 from deploykit.data.reading import Reading
+from deploykit.data.texts import read_texts
 from deploykit.errors import DataError
+from deploykit.tasks.classification.pairs import read_pairs
+from deploykit.tasks.classification.rows import load_examples
+from deploykit.tasks.question_answering.rows import read_rows
+from deploykit.tasks.translation.read_pairs import load_pairs, read_sources
 
 
 def _book(path: Path, *rows: tuple[Any, ...]) -> Any:
@@ -86,3 +92,37 @@ def test_other_sheets_and_merged_cells_are_told_of(tmp_path: Path) -> None:
         "the first of 2 sheets is read: 'Sheet'", "merged cells have a value in the first cell only: B2:B4",
     ]  # fmt: skip
     assert _values(path) == [("one", "x"), ("two", None), ("three", None)]
+
+
+DATES = {
+    datetime.datetime(2024, 5, 1, 13, 30): "a date",
+    datetime.time(13, 30): "a time",
+    datetime.timedelta(hours=26): "a duration",
+}
+
+
+@pytest.mark.parametrize("value", DATES)
+def test_a_date_is_no_text_of_any_task(value: object, tmp_path: Path) -> None:
+    told, skip = f"holds {DATES[value]}, not a text", Reading(on_error="skip")
+
+    def book(*header: str) -> str:
+        book = openpyxl.Workbook()
+        for row in (header, ["good"] * len(header), [value] * len(header)):
+            book.active.append(row)
+        book.save(tmp_path / "a.xlsx")
+        return str(tmp_path / "a.xlsx")
+
+    readers: dict[tuple[str, ...], Callable[[str, Reading], Any]] = {
+        ("text",): lambda path, reading: list(read_texts(path, reading=reading)),
+        ("text", "label"): lambda path, reading: load_examples(path, reading=reading)[0],
+        ("text", "text_pair"): lambda path, reading: list(read_pairs(path, (), reading)),
+        ("en", "fr"): lambda path, reading: load_pairs(path, source="en", target="fr", reading=reading)[0],
+        ("en",): lambda path, reading: list(read_sources(path, source="en", reading=reading)),
+        ("question", "context", "answer"): lambda path, reading: list(read_rows(path, reading=reading)),
+    }
+    for header, read in readers.items():
+        path = book(*header)
+        assert [row.problem or "" for row in read(path, skip)] == ["", f"'{header[0]}' {told}"]
+        with pytest.raises(DataError, match=f"^a.xlsx:3: '{header[0]}' {told}") as error:
+            read(path, Reading())
+        assert error.value.remedy == "format the column as text, or use --on-error skip"
