@@ -358,10 +358,11 @@ def error_text(answer: bytes) -> str:
 
 
 def require_all(errors: Sequence[str]) -> None:
-    """Raise RequestError naming the first text that has an error."""
+    """Raise RequestError for the first text that has an error. It names the text if there are several."""
     for number, error in enumerate(errors):
         if error:
-            raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
+            name = f"text {number}: " if len(errors) > 1 else ""
+            raise RequestError(f"{name}{error}", 400, "remove that text, or correct it")
 
 
 class _RefusedError(DeploykitError):
