@@ -28,6 +28,11 @@ class MeasurementLog:
         if record.get("key") == key:
             self._measured = record["measured"]
             say(f"{path}: {len(self._measured)} measurements of an unfinished run are reused")
+        elif record.get("measured"):
+            say(
+                f"{path}: {len(record['measured'])} measurements are not reused: they are of other options or rows, or of other "
+                "versions of the packages"
+            )
 
     def measured(self, name: str, measure: Callable[[], T]) -> T:
         """Return the logged value of ``name``; if there is none, log and return the result of ``measure`` (plain

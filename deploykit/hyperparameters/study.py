@@ -71,7 +71,7 @@ class SharedStudy:
                     self._study.enqueue_trial(dict(start))
             elif known != key:
                 raise ArtifactError(
-                    f"{folder}: is a search with other options, rows or limits",
+                    f"{folder}: is a search with other options, rows or limits, or of another version of deploykit",
                     "pass --restart to start over, or choose another --output-dir",
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -249,6 +250,12 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
     try:
         if continued:
             say(f"continuing the unfinished run in {work} (--restart starts over)")
+        for other in sorted(work.parent.glob(f".{glob.escape(out.name)}.*.training")):
+            if other != work and next(other.glob("trainer/checkpoint-*"), None):
+                say(
+                    f"{other}: is an unfinished run of other options or rows, or of another version of deploykit; it is not "
+                    "continued, and can be removed"
+                )
         with artifacts.explained(work):
             yield work
     finally:

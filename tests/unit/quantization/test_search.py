@@ -179,6 +179,19 @@ def test_a_trace_of_other_inputs_is_not_used(tmp_path: Path) -> None:
     assert trace_at(path, "b").measured("x", lambda: 4) == 4
 
 
+def test_measurements_that_are_not_reused_are_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "out.search.json"
+    trace_at(path, "before").measured("a", lambda: 1)
+    told: list[str] = []
+    assert MeasurementLog(path, "now", told.append).measured("a", lambda: 2) == 2
+    assert [line.partition(":")[2] for line in told] == [
+        " 1 measurements are not reused: they are of other options or rows, or of other versions of the packages"
+    ]
+    told.clear()
+    MeasurementLog(path, "now", told.append)
+    assert told == [f"{path}: 1 measurements of an unfinished run are reused"]
+
+
 def test_the_search_is_drawn_with_its_limits(tmp_path: Path) -> None:
     trial = {"drop": 3.0, "metrics": {"bleu": 30.5, "chrf": 50.0}}
     found = {"kept": ["a<b"], "order": ["a<b", "c"], "sensitivity": [0.5, 0.125],

@@ -49,3 +49,21 @@ def test_options_that_were_added_later_do_not_count_at_their_defaults(
     _of_an_earlier_version(out, dataclasses.replace(options, weight_decay=0.1), {"augment"})
     with pytest.raises(ArtifactError, match="made from other inputs"):
         again()
+
+
+def test_an_unfinished_run_of_other_options_is_named(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    rows, told = tmp_path / "rows.csv", list[str]()
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(60)))
+    left, alien, empty = (
+        tmp_path / f".{name}.training" for name in ("run.0123456789ab", "other.0123456789ab", "run.ba")
+    )
+    for folder in (left, alien):
+        (folder / "trainer" / "checkpoint-8").mkdir(parents=True)
+    empty.mkdir()
+    options = ClassificationOptions(
+        model=str(make_tiny_checkpoint(tmp_path / "m")), train=str(rows), max_steps=1, learning_rate=1e-3,
+        num_train_epochs=1, per_device_train_batch_size=8, max_length=16,
+    )  # fmt: skip
+    finetune(options, tmp_path / "run", say=told.append)
+    assert [line.partition(":")[0] for line in told if "is an unfinished run of other options" in line] == [str(left)]
+    assert left.is_dir()
