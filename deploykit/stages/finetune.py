@@ -184,8 +184,13 @@ def as_chosen_before(options: FinetuneOptions, out: Path) -> FinetuneOptions:
     except ArtifactError:
         return options
     recipe = manifest.metrics.get("recipe", {})
-    chosen = [name for name in options.unset if recipe.get(name, {}).get("reason", GIVEN) != GIVEN]
-    return dataclasses.replace(options, **{name: recipe[name]["value"] for name in chosen})
+    found = {
+        name: recipe[name]["value"] for name in options.unset if recipe.get(name, {}).get("reason", GIVEN) != GIVEN
+    }
+    if "num_train_epochs" in options.unset and options.max_steps and recipe:
+        # Steps replace epochs, so the recipe has none; the run chose them all the same.
+        found["num_train_epochs"] = manifest.options["num_train_epochs"]
+    return dataclasses.replace(options, **found)
 
 
 def file_digests(options: FinetuneOptions) -> Mapping[str, Sequence[str]]:

@@ -51,6 +51,18 @@ def test_options_that_were_added_later_do_not_count_at_their_defaults(
         again()
 
 
+def test_a_run_of_steps_whose_other_values_were_chosen_is_reused(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows, out = tmp_path / "rows.csv", tmp_path / "run"
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(60)))
+    options = ClassificationOptions(model=str(make_tiny_checkpoint(tmp_path / "m")), train=str(rows), max_steps=2)
+    assert not finetune(options, out, say=lambda _: None).reused
+    assert finetune(options, out, say=lambda _: None).reused
+    with pytest.raises(ArtifactError, match="made from other inputs"):
+        finetune(dataclasses.replace(options, max_steps=3), out, say=lambda _: None)
+
+
 def test_an_unfinished_run_of_other_options_is_named(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     rows, told = tmp_path / "rows.csv", list[str]()
     rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(60)))
