@@ -70,7 +70,9 @@ def read_texts(
         if record.problem:
             yield TextRow(record.origin, None, record.problem)
         else:
-            yield _text_row(record.origin, joined(record, used, separator))
+            text = joined(record, used, separator)
+            problem = composite_problem(record, used)
+            yield TextRow(record.origin, None, problem) if problem else _text_row(record.origin, text)
 
 
 def is_text_file(source: str) -> bool:
@@ -165,6 +167,14 @@ def joined(record: Record, columns: Sequence[str], separator: str) -> str | None
         return None
     present = [text for column in columns if (text := scalar(record.values.get(column))) is not None]
     return separator.join(text for text in present if text.strip()) if present else None
+
+
+def composite_problem(record: Record, columns: Iterable[str]) -> str:
+    """Return which of ``columns`` contains several values; "" if none does."""
+    for name in columns:
+        if is_composite(value := record.values.get(name)):
+            return f"{name!r} holds {'an object' if isinstance(value, Mapping) else 'a list'}, not a text"
+    return ""
 
 
 def is_composite(value: object) -> bool:

@@ -18,6 +18,7 @@ from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import (
     LABEL_COLUMNS,
+    composite_problem,
     detect_text_column,
     first_usual,
     joined,
@@ -153,7 +154,8 @@ def load_examples(
             text, text_pair = paired(record, columns.text) or (None, None)
         else:
             text, text_pair = joined(record, columns.text, separator), None
-        examples.append(RawExample(text, label, record.origin, record.problem, text_pair))
+        problem = record.problem or ("" if pair else composite_problem(record, columns.text))
+        examples.append(RawExample(text, label, record.origin, problem, text_pair))
     return examples, columns
 
 

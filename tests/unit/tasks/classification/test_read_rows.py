@@ -182,3 +182,10 @@ def test_rows_that_cannot_teach_a_classifier_are_refused():
     with pytest.raises(DataError, match="no row has a label"):
         validate([Example("x", "", "o")], "a.csv", multi_label=True)
     validate([Example("x", "a", "o"), Example("y", "b", "o")], "a.csv")
+
+
+def test_an_object_or_a_list_is_named_where_a_text_is_wanted(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", {"text": {"en": "t"}, "label": "a"}, {"text": ["t"], "label": "a"})
+    told = ["'text' holds an object, not a text", "'text' holds a list, not a text"]
+    assert [(row.text, row.problem) for row in read_texts(source)] == [(None, problem) for problem in told]
+    assert [(row.text, row.problem) for row in load_examples(source)[0]] == [(None, problem) for problem in told]
