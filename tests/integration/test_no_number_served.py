@@ -29,9 +29,12 @@ from tokenizers import Tokenizer
 from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import MANIFEST, load_manifest, write_manifest
+from deploykit.errors import DataError
 from deploykit.graphs.export_options import ExportOptions
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.stages.export import export
+from deploykit.tasks.opening import open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.repository import package
 
@@ -174,6 +177,14 @@ def generate_by_grpc(served: dict[str, Any], prompt: str, *, stream: bool) -> st
                 text += "".join(piece.decode() for piece in output.reshape(-1))
             if response.parameters["triton_final_response"].bool_param:
                 return text
+
+
+def test_the_client_of_an_answerer_knows_why_a_question_fails(served: dict[str, Any]) -> None:
+    answerer = open_served("question-answering", served["http"])
+    found = answerer.try_all([("w1 ?", "w2 w3"), ("w1 ?", "w7 w3"), ("w1 " * 200, "w2")])
+    answerer.close()
+    assert [isinstance(one, NoNumberError) for one in found] == [False, True, False]
+    assert isinstance(found[2], DataError)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -45,10 +45,26 @@ def labelled_questions(source: str, *, reading: Reading = AS_FOUND, split: str =
 def evaluate(
     predictor: TextAnswerer, rows: LabelledQuestions, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
-    """Answer every question and compare. A question that is refused counts as answered with "no answer"."""
-    return evaluation(
-        predictor.task, rows, found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
-    )
+    """Answer every question and compare. A question that is refused counts as answered with "no answer".
+
+    Raises DataError if the model computes no number for any question.
+    """
+    return evaluation(predictor.task, *ask_all(predictor, rows, progress))
+
+
+def ask_all(
+    predictor: TextAnswerer, rows: LabelledQuestions, progress: Callable[[int, int], None]
+) -> tuple[LabelledQuestions, list[Found]]:
+    """Answer every question. Returns the questions for which the model computes numbers, with a problem for each other one,
+    and their answers. Raises DataError if there is no such question."""
+    results = predictor.try_all([(e.question, e.context) for e in rows.examples], progress=progress)
+    broken = {i for i, result in enumerate(results) if isinstance(result, NoNumberError)}
+    refused = [f"{rows.examples[i].origin}: {NoNumberError().message}" for i in sorted(broken)]
+    if len(broken) == len(results):
+        raise DataError(refused[0], NoNumberError().remedy)
+    kept = [example for i, example in enumerate(rows.examples) if i not in broken]
+    found = as_found([result for i, result in enumerate(results) if i not in broken])
+    return LabelledQuestions(kept, (*rows.problems, *refused)), found
 
 
 def evaluation(task: QuestionAnswering, rows: LabelledQuestions, found: Sequence[Found]) -> Evaluation:

@@ -19,7 +19,7 @@ from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, by_value, common_slices, sliced
 from deploykit.inspection.worst_rows import worst_rows
 from deploykit.tasks.protocol import Evaluation, Progress
-from deploykit.tasks.question_answering.evaluate import evaluation, found_for, labelled_questions
+from deploykit.tasks.question_answering.evaluate import ask_all, evaluation, found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import as_text, from_text
 from deploykit.tasks.question_answering.metrics import mean_scores, scores
 from deploykit.tasks.question_answering.predictor import TextAnswerer
@@ -46,9 +46,10 @@ def report(
     task = predictor.task
     rows = labelled_questions(source, reading=reading, split=split)
     reading.stop_at(rows.problems)
+    values_of = read_columns(source, options.slices, reading=reading, split=split)
+    rows, found = ask_all(predictor, rows, progress)
     examples = rows.examples
-    values = read_columns(source, options.slices, reading=reading, split=split)([e.origin for e in examples])
-    found = found_for(predictor, [(e.question, e.context) for e in examples], progress)
+    values = values_of([e.origin for e in examples])
     spans = [one.decide(task.no_answer_threshold) for one in found]
     truths = [e.answers.text for e in examples]
     exact, overlap = scores(task, [span.text for span in spans], truths)

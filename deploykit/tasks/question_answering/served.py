@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from deploykit.errors import DataError, UsageError
+from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.served import DEFAULT_URL, ServedModel
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 from deploykit.tasks.question_answering.predictor import Pair, context_problem
@@ -75,7 +76,8 @@ def _found(row: dict[str, Any]) -> Found | DataError:
     """Rebuild the server's result from a row of each output."""
     error = row["ERROR"].reshape(-1)[0].decode()
     if error:
-        return DataError(error, "ask about another text")
+        refused = NoNumberError()
+        return refused if error.startswith(refused.message) else DataError(error, "ask about another text")
     tops = (row[name].reshape(-1) for name in ("TOP_ANSWERS", "TOP_STARTS", "TOP_ENDS", "TOP_SCORES"))
     spans = tuple(
         Span(text.decode(), int(start), int(end), float(score)) for text, start, end, score in zip(*tops) if text

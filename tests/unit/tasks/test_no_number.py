@@ -32,7 +32,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier
 from deploykit.tasks.protocol import Evaluation
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
-from deploykit.tasks.question_answering.evaluate import found_for
+from deploykit.tasks.question_answering.evaluate import evaluate, found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import as_text
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.evaluate import evaluate_file
@@ -109,6 +109,23 @@ def test_no_number_is_no_right_answer_to_a_question_that_has_none(answerer: Torc
         True,
         True,
     ]
+
+
+def test_an_evaluated_question_without_logits_is_named_and_the_others_are_measured(
+    answerer: TorchAnswerer, tmp_path: Path
+) -> None:
+    rows = [{"question": "w1 ?", "context": f"w2 {word} w3", "answer": "w3"} for word in ("w4", "w7", "w5")]
+
+    def evaluated(name: str, some: Sequence[Mapping[str, str]]) -> Evaluation:
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+        return evaluate(answerer, labelled_questions(str(path)))
+
+    found, alone = evaluated("rows.jsonl", rows), evaluated("good.jsonl", rows[::2])
+    assert found.metrics == alone.metrics
+    assert (found.rows, found.problems) == (2, (f"rows.jsonl:2: {TOLD}",))
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: the model computed no number"):
+        evaluated("bad.jsonl", rows[1:2])
 
 
 class Broken:
