@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "tests/support"))
 from native_builds import BUILD, compile_engine  # noqa: E402
 
 CPUS = {"cortex-a72": "neon", "neoverse-n1": "dotprod", "max": "i8mm"}
-LAYERS = {"bytes": "a classifier's or translator's layer", "shorts": "a language model's matrix"}
+LAYERS = {"layer": "a classifier's or translator's layer", "matrix": "a language model's matrix"}
 ROWS = (1, 6)
 LOOPS = {"plain": (), "plain, not vectorized": ("-fno-vectorize", "-fno-slp-vectorize")}
 PROGRAM = ROOT / "bench/arm_products.c"

@@ -18,36 +18,30 @@ static void *take(size_t bytes) {
     return memset(memory, 1, bytes);
 }
 
-#define PLAIN(name, type) \
-    __attribute__((noinline)) static void name(const type *x, const int8_t *w, float scale, float *out) { \
-        for (int o = 0; o < OUT; o++) { \
-            int32_t sum = 0; \
-            for (int i = 0; i < IN; i++) sum += x[i] * w[o * IN + i]; \
-            out[o] = (float)sum * scale; \
-        } \
+__attribute__((noinline)) static void plain_product(const int8_t *x, const int8_t *w, float scale, float *out) {
+    for (int o = 0; o < OUT; o++) {
+        int32_t sum = 0;
+        for (int i = 0; i < IN; i++) sum += x[i] * w[o * IN + i];
+        out[o] = (float)sum * scale;
     }
-PLAIN(plain_bytes, int8_t)
-PLAIN(plain_shorts, int16_t)
+}
 
 int main(int count, char **given) {
     if (count != 5) return 2;
-    int plain = !strcmp(given[1], "plain"), shorts = !strcmp(given[2], "shorts"), rows = atoi(given[3]), repeats = atoi(given[4]);
+    int plain = !strcmp(given[1], "plain"), matrix = !strcmp(given[2], "matrix"), rows = atoi(given[3]), repeats = atoi(given[4]);
     const Kernels *k = deploykit_kernels(0);
     int8_t *w = take(IN * OUT), *x = take((size_t)rows * IN * sizeof(float));
     float *scale = take(OUT * sizeof(float)), *bias = take(OUT * sizeof(float)), *step = take((size_t)rows * sizeof(float));
     int32_t *offset = take(OUT * sizeof(int32_t));
     float *out = take((size_t)rows * OUT * sizeof(float));
     Linear l = {w, scale, offset, bias, IN, OUT, 0};
-    Matrix m = {.weight = w, .scale = scale, .bias = bias, .in = IN, .out = OUT, .kind = INT8, .levels = 32767};
+    Matrix m = {.weight = w, .scale = scale, .bias = bias, .in = IN, .out = OUT, .kind = INT8};
     Given from = {(uint8_t *)x, step, IN * sizeof(float), 1, NULL};
     for (int n = 0; n < repeats; n++) {
-        for (int r = 0; plain && r < rows; r++) {
-            if (shorts) plain_shorts((int16_t *)(x + r * from.stride), w, scale[0], out + r * OUT);
-            else plain_bytes(x + r * IN, w, scale[0], out + r * OUT);
-        }
-        for (int panel = 0; !plain && shorts && panel < OUT / COLUMNS; panel++)
+        for (int r = 0; plain && r < rows; r++) plain_product(x + r * IN, w, scale[0], out + r * OUT);
+        for (int panel = 0; !plain && matrix && panel < OUT / COLUMNS; panel++)
             k->multiply(&from, &m, 0, rows, panel, 1, 0, out + panel * COLUMNS, OUT, (Ahead){NULL, 0});
-        if (!plain && !shorts) k->tile((Rows){NULL, (uint8_t *)x, step}, &l, (Group){0, rows, 0, 1}, 0, (Then){.out = out}, OUT);
+        if (!plain && !matrix) k->tile((Rows){NULL, (uint8_t *)x, step}, &l, (Group){0, rows, 0, 1}, 0, (Then){.out = out}, OUT);
     }
     puts(k->name);
     return 0;

@@ -1,6 +1,6 @@
 """Write a language model's weights for the engine ``native``, in INT8, INT4 or fp32.
 
-INT8: a scale for each output channel. INT4: a scale and a minimum for each 32 inputs of a channel; embedding and head are INT8.
+INT8: a scale for each output channel, and inputs after a Hadamard transform (``Transform``). INT4: a scale and a minimum for each 32 inputs of a channel; embedding and head are INT8.
 The layout is that of ``csrc/causal.h``.
 """
 
@@ -21,10 +21,12 @@ from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
 from deploykit.quantization.compensated import Levels, Rounded, Rounding, int8_levels
-from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, COLUMNS, TOGETHER
+from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, COLUMNS
 
-_LEVELS = 32767
-_LARGEST_SUM = 2**31 - 1
+_FOUR = 4
+"""Inputs of an INT8 matrix that are stored side by side."""
+_MOST_TOGETHER = 512
+"""Inputs of an INT8 matrix that are transformed together at most: more cost time, and gained nothing."""
 _SHRINK = (1.0, 0.9, 0.8)
 """Shares of a block's range that INT4 tries to cover; values outside are cut off."""
 _NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "after_attention", "after_feed_forward")
@@ -33,8 +35,41 @@ _NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "afte
 @dataclass(frozen=True)
 class _Matrix:
     kind: str
-    levels: int
     tensors: Mapping[str, NDArray[Any]]
+
+
+class Transform:
+    """What ``native`` does with the inputs of an INT8 matrix before it rounds them to 8 bits: it multiplies them by random signs, and
+    computes the Hadamard transform of each ``together`` of them. So an outlier is spread over many inputs, and no sum
+    of inputs with equal signs becomes one. ``size``: number of inputs, a multiple of 32.
+
+    Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.together = min(size & -size, _MOST_TOGETHER)
+        self.signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), size)
+
+    def weights(self, weight: Array) -> Array:
+        """Return the weights [size, out] that multiply transformed inputs."""
+        values: Array = self.signs[:, None] * (weight / np.float32(self.together))
+        apart = 1
+        while apart < self.together:
+            pairs = values.reshape(-1, 2, apart, values.shape[1])
+            sums = pairs[:, 0] + pairs[:, 1]
+            np.subtract(pairs[:, 0], pairs[:, 1], out=pairs[:, 1])
+            pairs[:, 0] = sums
+            apart *= 2
+        return values
+
+    def factor(self, factor: Array) -> Array:
+        """Return the ``compensated.factor`` of the transformed inputs from that of the inputs. Inputs that it lacks are zero."""
+        size = len(self.signs)
+        wide = np.eye(size, dtype=np.float32)
+        wide[: len(factor), : len(factor)] = factor
+        upper = np.asarray(np.linalg.qr(self.weights(wide.T).T, mode="r"), np.float32)
+        found: Array = upper * np.where(np.diagonal(upper) < 0, np.float32(-1), np.float32(1))[:, None]
+        return found
 
 
 class NativeCausalWriter:
@@ -49,6 +84,7 @@ class NativeCausalWriter:
         self._cache = cache
         self._rounding = Rounding() if rounding is None else rounding
         self._quantized: dict[tuple[str, Bits | None, bool], _Matrix] = {}
+        self._transforms: dict[int, Transform] = {}
         self._begin(None, frozenset())
 
     def save(self, path: Path, bits: Bits | None, *, kept: Collection[str] = ()) -> None:
@@ -75,7 +111,6 @@ class NativeCausalWriter:
             "key_heads": a.key_heads,
             "head_size": a.head_size,
             "cache": self._cache,
-            "together": TOGETHER,
             "scale": a.scale,
             "embedding_scale": a.embedding_scale,
             "attention_cap": a.attention_cap or 0.0,
@@ -127,14 +162,30 @@ class NativeCausalWriter:
         bits = self._bits_of(part, least)
         inputs, outputs = layer.weight.shape
         key = (name, bits, self._rounding.compensates)
-        matrix = _matrix(layer, None) if bits is None else self._quantized.get(key)
+        matrix = _float(layer) if bits is None else self._quantized.get(key)
         if matrix is None:
             assert bits is not None
-            block, fit = (inputs, int8_levels) if bits == 8 else (BLOCK, nibble_levels)
-            rounded = self._rounding.rounded(of or name, layer.weight, block, fit)
-            matrix = self._quantized[key] = _matrix(layer, bits, rounded)
+            matrix = self._quantized[key] = self._quantize(of or name, layer, bits)
         kept = {each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()}
-        return {"in": inputs, "out": outputs, "kind": matrix.kind, "levels": matrix.levels, **kept}
+        if matrix.kind != "int8":
+            return {"in": inputs, "out": outputs, "kind": matrix.kind, **kept}
+        transform = self._transform(inputs)
+        signs = self._keep(f"signs.{len(transform.signs)}", transform.signs)
+        together = {"signs": signs, "together": transform.together}
+        return {"in": inputs, "out": outputs, "kind": matrix.kind, **kept, **together}
+
+    def _quantize(self, of: str, layer: Linear, bits: Bits) -> _Matrix:
+        """Quantize a layer's weights. If the inputs of the layer ``of`` are known, the errors compensate each other."""
+        if bits == 4:
+            return _int4(layer, self._rounding.rounded(of, layer.weight, BLOCK, nibble_levels))
+        transform = self._transform(len(layer.weight))
+        weight = transform.weights(_padded(layer.weight))
+        return _int8(layer, weight, self._rounding.rounded(of, weight, len(weight), int8_levels, transform.factor))
+
+    def _transform(self, inputs: int) -> Transform:
+        if inputs not in self._transforms:
+            self._transforms[inputs] = Transform(-(-inputs // BLOCK) * BLOCK)
+        return self._transforms[inputs]
 
     def _norm(self, name: str, norm: Norm | None) -> dict[str, Any] | None:
         if norm is None:
@@ -147,29 +198,45 @@ class NativeCausalWriter:
         return name
 
 
-def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) -> _Matrix:
-    """Return a layer's matrix. ``rounded``: the weights in ``bits``; without it each weight is rounded to the nearest level."""
+def _float(layer: Linear) -> _Matrix:
     weight = _padded(layer.weight)
-    bias = np.zeros(weight.shape[1], np.float32)
-    if layer.bias is not None:
-        bias[: len(layer.bias)] = layer.bias
-    if bits is None:
-        return _Matrix("fp32", 0, {"weight": _panels(weight, 1), "bias": bias})
-    if bits == 8:
-        if rounded is None:
-            values, scales = quantize_channels(weight)
-        else:
-            values, scales = _padded(rounded.values), _wide(rounded.scales)[0]
-        largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
-        levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
-        return _Matrix("int8", levels, {"weight": _panels(values, TOGETHER), "scale": scales, "bias": bias})
+    return _Matrix("fp32", {"weight": _panels(weight, 1), "bias": _bias(layer, weight.shape[1])})
+
+
+def _int8(layer: Linear, weight: Array, rounded: Rounded | None) -> _Matrix:
+    """Return a layer's matrix of the transformed ``weight``. ``rounded``: its values; None: each is the nearest level."""
+    if rounded is None:
+        values, scales = quantize_channels(weight)
+    else:
+        values, scales = rounded.values, rounded.scales[0]
+    offset = 128 * values.sum(0, dtype=np.int32)
+    return _Matrix(
+        "int8",
+        {
+            "weight": _panels(values, _FOUR),
+            "scale": scales,
+            "offset": offset,
+            "bias": _bias(layer, weight.shape[1]),
+        },
+    )
+
+
+def _int4(layer: Linear, rounded: Rounded | None) -> _Matrix:
+    weight = _padded(layer.weight)
     if rounded is None:
         nibbles, steps, lows = quantize_nibbles(weight)
     else:
         nibbles = _padded(rounded.values.astype(np.uint8))
         steps, lows = (_bfloat16(_wide(each)) for each in (rounded.scales, rounded.minimums))
-    tensors = {"weight": _packed(nibbles), "scale": _by_panel(steps), "low": _by_panel(lows), "bias": bias}
-    return _Matrix("int4", 0, tensors)
+    tensors = {"weight": _packed(nibbles), "scale": _by_panel(steps), "low": _by_panel(lows)}
+    return _Matrix("int4", {**tensors, "bias": _bias(layer, weight.shape[1])})
+
+
+def _bias(layer: Linear, columns: int) -> Array:
+    bias = np.zeros(columns, np.float32)
+    if layer.bias is not None:
+        bias[: len(layer.bias)] = layer.bias
+    return bias
 
 
 def _by_turns(gate: Linear, up: Linear) -> Linear:

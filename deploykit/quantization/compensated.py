@@ -73,14 +73,17 @@ class Rounding:
         """Store the ``factor`` of the inputs of each linear layer, by its name."""
         self._factors = factors
 
-    def rounded(self, name: str, weight: Array, block: int, fit: Fit) -> Rounded | None:
-        """Return ``compensated`` weights of the layer ``name``; None if its inputs are not known."""
+    def rounded(
+        self, name: str, weight: Array, block: int, fit: Fit, changed: Callable[[Array], Array] = lambda factor: factor
+    ) -> Rounded | None:
+        """Return ``compensated`` weights of the layer ``name``; None if its inputs are not known. ``changed`` returns the factor
+        of the inputs of ``weight`` from that of the layer's inputs."""
         factor = self._factors.get(name)
         if factor is None:
             return None
         key = (name, block, fit)
         if key not in self._done:
-            self._done[key] = compensated(weight, factor, block, fit)
+            self._done[key] = compensated(weight, changed(factor), block, fit)
         return self._done[key]
 
 

@@ -15,29 +15,29 @@ typedef struct {
 } TileConfig;
 
 static _Thread_local TileConfig tile_config;
-static _Thread_local uint8_t tile_bytes[8][16][64];
+static _Thread_local uint8_t tile_rows[8][16][64];
 
 static inline void must(int holds) {
     if (!holds) abort();
 }
 static inline void emulate_config(const void *config) {
     memcpy(&tile_config, config, sizeof(tile_config));
-    memset(tile_bytes, 0, sizeof(tile_bytes));
+    memset(tile_rows, 0, sizeof(tile_rows));
     must(tile_config.palette == 1 && tile_config.start == 0);
     for (int i = 0; i < 16; i++) must(i < 8 ? tile_config.rows[i] <= 16 && tile_config.bytes[i] <= 64 : !tile_config.rows[i]);
 }
 static inline void emulate_release(void) { memset(&tile_config, 0, sizeof(tile_config)); }
 static inline void emulate_zero(int tile) {
     must(tile_config.palette == 1);
-    memset(tile_bytes[tile], 0, sizeof(tile_bytes[tile]));
+    memset(tile_rows[tile], 0, sizeof(tile_rows[tile]));
 }
 static inline void emulate_load(int tile, const void *from, int64_t stride) {
     emulate_zero(tile);
-    for (int r = 0; r < tile_config.rows[tile]; r++) memcpy(tile_bytes[tile][r], (const char *)from + r * stride, tile_config.bytes[tile]);
+    for (int r = 0; r < tile_config.rows[tile]; r++) memcpy(tile_rows[tile][r], (const char *)from + r * stride, tile_config.bytes[tile]);
 }
 static inline void emulate_store(int tile, void *to, int64_t stride) {
     must(tile_config.palette == 1);
-    for (int r = 0; r < tile_config.rows[tile]; r++) memcpy((char *)to + r * stride, tile_bytes[tile][r], tile_config.bytes[tile]);
+    for (int r = 0; r < tile_config.rows[tile]; r++) memcpy((char *)to + r * stride, tile_rows[tile][r], tile_config.bytes[tile]);
 }
 static inline void emulate_product(int to, int a, int b, int is_signed) {
     const TileConfig *c = &tile_config;
@@ -45,12 +45,12 @@ static inline void emulate_product(int to, int a, int b, int is_signed) {
     for (int row = 0; row < c->rows[to]; row++)
         for (int column = 0; column < c->bytes[to] / 4; column++) {
             int32_t sum;
-            memcpy(&sum, tile_bytes[to][row] + 4 * column, 4);
+            memcpy(&sum, tile_rows[to][row] + 4 * column, 4);
             for (int k = 0; k < c->bytes[a]; k++) {
-                uint8_t x = tile_bytes[a][row][k];
-                sum += (is_signed ? (int8_t)x : x) * (int8_t)tile_bytes[b][k / 4][4 * column + k % 4];
+                uint8_t x = tile_rows[a][row][k];
+                sum += (is_signed ? (int8_t)x : x) * (int8_t)tile_rows[b][k / 4][4 * column + k % 4];
             }
-            memcpy(tile_bytes[to][row] + 4 * column, &sum, 4);
+            memcpy(tile_rows[to][row] + 4 * column, &sum, 4);
         }
 }
 

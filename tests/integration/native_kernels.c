@@ -216,18 +216,26 @@ static void vocabulary(const Kernels *k) {
 
 static void matrix(const Kernels *k) {
     int rows = from_to(1, draw() % 2 ? MOST_ROWS : 70), add = from_to(0, 1), blocks, padded;
-    Matrix m = {.in = from_to(1, draw() % 4 ? 300 : 2000), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
+    Matrix m = {.in = from_to(1, draw() % 4 ? 300 : 2000), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4)};
     padded = panels_of(m.out) * COLUMNS, blocks = blocks_of(m.in);
     Given g = {.stride = wide(m.in) * 4, .apart = 2 * blocks};
     g.rows = take(rows * g.stride), g.steps = take(4 * rows * g.apart);
-    g.tiles = take((rows + TILE_UNIT) * (wide(m.in) + TILE_BYTES) * 2);
+    g.tiles = take((rows + TILE_UNIT) * (wide(m.in) + TILE_BYTES));
     float *x = floats(rows * wide(m.in)), *y = floats(rows * padded);
     m.bias = floats(padded);
     if (m.kind == FLOAT32) {
         m.weight = floats(wide(m.in) * padded);
     } else if (m.kind == INT8) {
-        m.weight = signed_bytes(wide(m.in) * padded), m.scale = floats(padded);
-        if (INT32_MAX / 128 / m.in < m.levels) m.levels = INT32_MAX / 128 / m.in;
+        const int8_t *w = signed_bytes(wide(m.in) * padded);
+        int32_t *offset = take(4 * padded);
+        float *signs = floats(wide(m.in)), *column = floats(wide(m.in));
+        m.weight = w, m.scale = floats(padded), m.offset = offset, m.signs = signs;
+        memset(offset, 0, 4 * (size_t)padded);
+        for (int i = 0; i < wide(m.in) * padded; i++) offset[i / panel_bytes(&m) * COLUMNS + i / 4 % COLUMNS] += 128 * w[i];
+        for (int i = 0; i < wide(m.in); i++) signs[i] = signs[i] < 0 ? -1.0f : 1.0f;
+        for (m.together = BLOCK; wide(m.in) % (2 * m.together) == 0 && draw() % 8;) m.together *= 2;
+        k->transform_back(&m, column);
+        show(column, 4 * wide(m.in));
     } else {
         uint16_t *both[2];
         m.weight = signed_bytes(wide(m.in) / 2 * padded);
@@ -240,7 +248,7 @@ static void matrix(const Kernels *k) {
     }
     for (int r = 0; r < rows; r++) {
         k->give(&g, &m, r, x + r * wide(m.in));
-        show(g.rows + r * g.stride, m.kind == FLOAT32 ? 4 * wide(m.in) : m.kind == INT8 ? 2 * wide(m.in) : wide(m.in));
+        if (m.kind != INT8) show(g.rows + r * g.stride, m.kind == FLOAT32 ? 4 * wide(m.in) : wide(m.in)); /* tables store INT8's differently */
         show(g.steps + r * g.apart, m.kind == FLOAT32 ? 0 : m.kind == INT8 ? 4 : 4 * g.apart);
     }
     Ahead ahead = {m.weight, from_to(0, 2)};

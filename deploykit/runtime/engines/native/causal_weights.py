@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.native.weights import ACTIVATIONS, ALIGNMENT, LARGEST_HEAD, NormStruct, WeightFile
+from deploykit.errors import EngineError
+from deploykit.runtime.engines.native.weights import ACTIVATIONS, LARGEST_HEAD, NormStruct, WeightFile
 
 COLUMNS = 16
 """Columns of a matrix that are stored together."""
-TOGETHER = 4
-"""Inputs of an INT8 matrix that are stored side by side; 2 in older files."""
 BLOCK = 32
 """Number of inputs that share a scale in INT4; all matrices are padded to a multiple of it."""
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3, "fp16": 4}
@@ -24,13 +23,17 @@ CACHES = ("fp16", "int8", "fp32")
 _CACHE_BYTES = {"fp16": 2, "int8": 1, "fp32": 4}
 _SCALE_BYTES = 8
 """Of a key and a value in INT8."""
-_PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "low")}
+_PARTS = {
+    "fp32": ("weight", "bias"),
+    "int8": ("weight", "bias", "scale", "signs", "offset"),
+    "int4": ("weight", "bias", "scale", "low"),
+}
 
 
 class MatrixStruct(ctypes.Structure):
     _fields_ = (
-        ("weight", c_void_p), ("scale", c_void_p), ("low", c_void_p), ("bias", c_void_p),
-        ("in_", c_int32), ("out", c_int32), ("kind", c_int32), ("levels", c_int32),
+        *((name, c_void_p) for name in ("weight", "scale", "low", "bias", "signs", "offset")),
+        *((name, c_int32) for name in ("in_", "out", "kind", "together")),
     )  # fmt: skip
 
 
@@ -79,10 +82,6 @@ class CausalWeights(WeightFile):
             (np.array(rope["frequencies"], np.float32), float(rope["scale"])) for rope in model["ropes"]
         ]
         self.cache = model.get("cache", "fp16")  # older files lack it
-        self._together = model.get("together", 2)
-        self._rearranged: dict[str, NDArray[np.uint8]] = {}
-        if self._together not in (2, TOGETHER):
-            raise ValueError(f"{self._together} inputs are stored side by side")
         if self.cache not in CACHES:
             raise ValueError(f"keys and values are {self.cache!r}")
         if model["norm"] is None or (model["positions"] is None) != (self.longest is None):
@@ -136,37 +135,27 @@ class CausalWeights(WeightFile):
             raise ValueError(f"a matrix is {given['in']} x {given['out']}, not {inputs} x {outputs}")
         rows, columns = -(-inputs // BLOCK) * BLOCK, -(-outputs // COLUMNS) * COLUMNS
         kind = given["kind"]
+        if kind == "int8" and "signs" not in given:
+            raise EngineError(f"{self.path}: an earlier version of deploykit wrote this file", "export the model again")
         if any(given[part] is None for part in _PARTS[kind]):
             raise ValueError("a matrix lacks a part")
-        matrix = MatrixStruct(in_=inputs, out=outputs, kind=_KINDS[kind], levels=int(given["levels"]))
+        matrix = MatrixStruct(in_=inputs, out=outputs, kind=_KINDS[kind])
         matrix.bias = self._at(given["bias"], np.float32, columns)
         if kind == "fp32":
             matrix.weight = self._at(given["weight"], np.float32, rows * columns)
         elif kind == "int8":
             matrix.weight = self._at(given["weight"], np.int8, rows * columns)
-            if self._together != TOGETHER:
-                matrix.weight = self._by_fours(given["weight"], rows * columns)
             matrix.scale = self._at(given["scale"], np.float32, columns)
-            if not 1 <= matrix.levels <= 32767:
-                raise ValueError(f"{matrix.levels} levels")
+            matrix.signs = self._at(given["signs"], np.float32, rows)
+            matrix.offset = self._at(given["offset"], np.int32, columns)
+            matrix.together = together = int(given["together"])
+            if together < BLOCK or together & (together - 1) or rows % together:
+                raise ValueError(f"{together} of {rows} inputs are transformed together")
         else:
             matrix.weight = self._at(given["weight"], np.uint8, rows * columns // 2)
             matrix.scale = self._at(given["scale"], np.uint16, rows * columns // BLOCK)
             matrix.low = self._at(given["low"], np.uint16, rows * columns // BLOCK)
         return matrix
-
-    def _by_fours(self, name: str, size: int) -> int:
-        """Return the address of a copy of an older file's INT8 weights, [in / 2][16][2] in each panel, as [in / 4][16][4]."""
-        if name not in self._rearranged:
-            start = self._begin + self._tensors[name]["data_offsets"][0]
-            pairs = self._bytes[start : start + size].reshape(-1, 2, COLUMNS, 2)
-            copy = np.empty(size + ALIGNMENT, np.uint8)
-            first = -copy.ctypes.data % ALIGNMENT
-            copy = copy[first : first + size]
-            copy.reshape(-1, COLUMNS, 2, 2)[:] = pairs.transpose(0, 2, 1, 3)
-            self._rearranged[name] = copy
-        address: int = self._rearranged[name].ctypes.data
-        return address
 
     @property
     def head_bytes(self) -> tuple[int, int]:

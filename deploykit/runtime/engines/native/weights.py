@@ -64,6 +64,7 @@ class WeightFile(ABC):
     """A memory-mapped weight file. Raises EngineError or CorruptArtifactError naming the file that cannot be read."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self._bytes = np.memmap(path, np.uint8, "r")
             (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())

@@ -32,12 +32,13 @@ static int new_given(Given *g, int rows, int widest) {
     g->apart = 2 * blocks_of(widest);
     g->rows = room(g->rows, rows * g->stride);
     g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
-    g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
+    g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES));
     return g->rows && g->steps && g->tiles;
 }
 
 /* Read a column of a matrix: a token's embedding. */
-static void look_up(const CausalModel *model, int64_t token, int position, float *x) {
+static void look_up(const Context *c, int64_t token, int position, float *x) {
+    const CausalModel *model = c->causal->model;
     const Matrix *m = &model->embedding;
     int64_t panel = token / COLUMNS;
     int lane = (int)(token % COLUMNS), n = wide(m->in);
@@ -48,6 +49,7 @@ static void look_up(const CausalModel *model, int64_t token, int position, float
     } else {
         float scale = ((const float *)m->scale)[token] * model->embedding_scale;
         for (int i = 0; i < n; i++) x[i] = (float)((const int8_t *)weight)[(i / 4 * COLUMNS + lane) * 4 + i % 4] * scale;
+        c->kernels->transform_back(m, x);
     }
     for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
 }
@@ -252,7 +254,7 @@ static void step_causal(Context *c, int number) {
     int64_t hidden = wide(m->hidden), packed = wide((m->heads + 2 * m->key_heads) * m->head_size), inner = inner_of(m);
     const Given *given;
     share(rows, c->threads, number, &first, &last);
-    for (int row = first; row < last; row++) look_up(m, b->tokens[row], b->positions[row], l->x + row * hidden);
+    for (int row = first; row < last; row++) look_up(c, b->tokens[row], b->positions[row], l->x + row * hidden);
     barrier(c);
     for (int i = 0; i < m->layers; i++) {
         const CausalLayer *layer = &m->layer[i];

@@ -3,9 +3,9 @@
  *
  * Matrices are stored in panels of 16 columns, with inputs padded with zeros to 32:
  * - float32: [panels][inputs][16];
- * - INT8: [panels][inputs / 4][16][4], with a scale for each column. Rows are rounded to 16 bits with one scale each, to at
- *   most ``levels``, so that no sum overflows: activations cost no accuracy. Each four of a row have the order 0, 2, 1, 3:
- *   the even bytes of four weights become a pair of 16-bit numbers, and the odd ones another;
+ * - INT8: [panels][inputs / 4][16][4], with a scale for each column. Rows are rounded to 8 bits with one scale each, after a
+ *   Hadamard transform, which spreads outliers over many inputs: without it they would leave few levels to the other inputs.
+ *   The weights are transformed too, so the products stay the same (QuaRot; Ashkboos et al., NeurIPS 2024);
  * - INT4: [panels][inputs / 32][4][16][4], where byte j of step s has the input 4 s + j in its low bits and 16 + 4 s + j in its
  *   high ones. Each 32 inputs of a column have a bfloat16 scale and minimum. Rows are rounded to 8 bits with a scale for each
  *   32 inputs.
@@ -28,7 +28,10 @@ typedef struct {
     const void *scale;    /* INT8: float32 [columns]; INT4: bfloat16 [panels][blocks][16] */
     const uint16_t *low;  /* INT4: the minimum, as the scale */
     const float *bias;    /* [columns] */
-    int32_t in, out, kind, levels;
+    const float *signs;   /* INT8: [inputs], 1 or -1, by which inputs are multiplied before the transform */
+    const int32_t *offset; /* INT8: [columns], 128 x the column's sum */
+    int32_t in, out, kind;
+    int32_t together;     /* INT8: inputs that are transformed together, a power of two of at least 32 */
 } Matrix;
 
 typedef struct {
@@ -66,7 +69,7 @@ typedef struct {
     uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */
     int64_t stride, apart;
-    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64] */
+    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][16][64] */
 } Given;
 
 /* A head's keys and values in a slot. */

@@ -91,6 +91,8 @@ struct Kernels {
 
     /* Write row ``row`` of ``to``, the input of the matrix ``next``. */
     void (*give)(const Given *to, const Matrix *next, int row, const float *x);
+    /* Undo the transform of ``m``'s inputs in ``x``, [inputs]. */
+    void (*transform_back)(const Matrix *m, float *x);
     /* Compute ``rows`` rows of ``from`` from ``row`` on times ``panels`` panels from ``panel`` on, + bias. Write them to
      * ``out``, whose rows are ``stride`` floats apart, or add them to it if ``add``. */
     void (*multiply)(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,

@@ -197,47 +197,49 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
 
 INLINE int tile_steps(const Matrix *m) { return (m->in + STEP - 1) / STEP; }
 
-/* Tiles have bytes, so the 16 bits of an INT8 matrix's activations are split into signed high and unsigned low bytes, in the
- * order of the inputs. */
+/* Also write the row for tiles, signed. */
 static void give_bytes(const Given *to, const Matrix *next, int row, const float *x) {
     give(to, next, row, x);
     if (next->kind != INT8) return;
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0f0d0e0c0b090a08, 0x0705060403010200));
-    const uint8_t *shorts = to->rows + row * to->stride;
-    uint8_t *tiles = to->tiles + row / 16 * tile_steps(next) * (2 * TILE) + row % 16 * STEP;
+    const __m256i zero = _mm256_set1_epi8((char)ZERO);
+    const uint8_t *bytes = to->rows + row * to->stride;
+    uint8_t *tiles = to->tiles + row / 16 * tile_steps(next) * TILE + row % 16 * STEP;
     for (int i = 0; i < wide(next->in); i += BLOCK) {
-        Ints v = _mm512_loadu_si512(shorts + 2 * i);
-        uint8_t *at = tiles + i / STEP * (2 * TILE) + i % STEP;
-        _mm256_storeu_si256((__m256i *)at, _mm256_shuffle_epi8(_mm512_cvtepi16_epi8(_mm512_srai_epi16(v, 8)), order));
-        _mm256_storeu_si256((__m256i *)(at + TILE), _mm256_shuffle_epi8(_mm512_cvtepi16_epi8(v), order));
+        __m256i v = _mm256_loadu_si256((const __m256i *)(bytes + i));
+        _mm256_storeu_si256((__m256i *)(tiles + i / STEP * TILE + i % STEP), _mm256_sub_epi8(v, zero));
     }
 }
 
-/* Multiply 16 rows by a panel, or by two, ``apart`` bytes apart: products of the high bytes, then of the low ones. ``end``, if
+/* Multiply 16 rows by a panel, or by two, ``apart`` bytes apart. Even and odd steps have their own sums, to hide latency. ``end``, if
  * not NULL: a last step. With each step of a panel, prefetches ``lines`` cache lines from ``ahead`` on, into the second cache:
  * in the first one, activations would have to wait. */
-INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int64_t apart, int steps, const int8_t *end,
-                            const int8_t *ahead, int lines, int32_t *sums) {
+INLINE void rows_by_panels(const int both, const uint8_t *x, const int8_t *w, int64_t apart, int steps, const int8_t *end,
+                           const int8_t *ahead, int lines, int32_t *sums) {
     clear_sums();
-#define STEP_OF(weights, between) \
+#define STEP_OF(first, second, weights, between) \
     _tile_loadd(4, x, STEP); \
     _tile_loadd(6, weights, STEP); \
-    _tile_loadd(5, x + TILE, STEP); \
-    _tile_dpbssd(0, 4, 6); \
-    _tile_dpbusd(1, 5, 6); \
+    _tile_dpbssd(first, 4, 6); \
     if (both) { \
         _tile_loadd(7, weights + between, STEP); \
-        _tile_dpbssd(2, 4, 7); \
-        _tile_dpbusd(3, 5, 7); \
-    }
-    for (int k = 0; k < steps; k++, x += 2 * TILE, w += TILE, ahead += TILE) {
-        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
-        for (int i = 0; both && i < lines; i++) _mm_prefetch(ahead + apart + 64 * i, _MM_HINT_T1);
-        STEP_OF(w, apart)
+        _tile_dpbssd(second, 4, 7); \
+    } \
+    x += TILE
+#define PREFETCH \
+    for (int i = 0; i < lines; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1); \
+    for (int i = 0; both && i < lines; i++) _mm_prefetch(ahead + apart + 64 * i, _MM_HINT_T1); \
+    w += TILE, ahead += TILE
+    for (int k = 0; k < steps; k += 2) {
+        STEP_OF(0, 2, w, apart);
+        PREFETCH;
+        if (k + 1 == steps) break;
+        STEP_OF(1, 3, w, apart);
+        PREFETCH;
     }
     if (end) {
-        STEP_OF(end, TILE)
+        STEP_OF(1, 3, end, TILE);
     }
+#undef PREFETCH
 #undef STEP_OF
     _tile_stored(0, sums, STEP);
     _tile_stored(1, sums + 256, STEP);
@@ -252,7 +254,7 @@ INLINE void put_sums(const Given *from, const Matrix *m, int row, int rows, int 
     Floats scale = f_load((const float *)m->scale + panel * COLUMNS), bias = f_load(m->bias + panel * COLUMNS);
     const float *step = from->steps + row * from->apart;
     for (int r = 0; r < rows && r < 16; r++, sums += 16) {
-        Ints sum = i_add(_mm512_slli_epi32(_mm512_load_si512(sums), 8), _mm512_load_si512(sums + 256));
+        Ints sum = i_add(_mm512_load_si512(sums), _mm512_load_si512(sums + 256));
         put(out + r * stride, f_fma(f_from(sum), f_mul(scale, f_set(step[r * from->apart])), bias), add);
     }
 }
@@ -281,10 +283,10 @@ static void multiply_many(const Given *from, const Matrix *m, int row, int rows,
     settle();
     configure(blocks == 1 ? rows : 16); /* computing missing rows would take time too */
     for (int i = 0; i < blocks; i++) {
-        const uint8_t *x = from->tiles + (row / 16 + i) * all * (2 * TILE);
+        const uint8_t *x = from->tiles + (row / 16 + i) * all * TILE;
         const int8_t *later = w + AHEAD + 64 * lines * i, *last = steps < all ? end : NULL;
-        if (panels == 2) shorts_by_bytes(1, x, w, bytes, steps, last, later, lines, sums);
-        else shorts_by_bytes(0, x, w, bytes, steps, last, later, lines, sums);
+        if (panels == 2) rows_by_panels(1, x, w, bytes, steps, last, later, lines, sums);
+        else rows_by_panels(0, x, w, bytes, steps, last, later, lines, sums);
         for (int j = 0; j < panels; j++)
             put_sums(from, m, row + 16 * i, rows - 16 * i, panel + j, sums + 512 * j, add, out + 16 * i * stride + j * COLUMNS, stride);
     }

@@ -8,6 +8,7 @@
 #define NAME "avx2"
 #define TABLE kernels_avx2
 #define ZERO 0
+#define SHORTS /* of a language model's inputs: bytes would need the weights' signs, which takes longer */
 
 #include "avx2.h"
 

@@ -114,6 +114,20 @@ INLINE float f_sum(Floats x) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+INLINE __m256 transform_eight(__m256 x) {
+    __m256 y = _mm256_permute_ps(x, 0xb1);
+    x = _mm256_blend_ps(_mm256_add_ps(y, x), _mm256_sub_ps(y, x), 0xaa);
+    y = _mm256_permute_ps(x, 0x4e);
+    x = _mm256_blend_ps(_mm256_add_ps(y, x), _mm256_sub_ps(y, x), 0xcc);
+    y = _mm256_permute2f128_ps(x, x, 1);
+    return _mm256_blend_ps(_mm256_add_ps(y, x), _mm256_sub_ps(y, x), 0xf0);
+}
+/* The Hadamard transform of 16 values. */
+INLINE Floats f_transform(Floats x) {
+    __m256 a = transform_eight(x.a), b = transform_eight(x.b);
+    return (Floats){_mm256_add_ps(a, b), _mm256_sub_ps(a, b)};
+}
+
 INLINE void transpose_eight(__m256 x[8]) {
     __m256 y[8], z[8];
     for (int i = 0; i < 8; i += 2) {

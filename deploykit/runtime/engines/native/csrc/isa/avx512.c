@@ -7,6 +7,7 @@
 #define NAME "avx512"
 #define TABLE kernels_avx512
 #define ZERO 0
+#define SHORTS /* of a language model's inputs: bytes would need the weights' signs, which takes longer */
 
 #include "avx512.h"
 

@@ -49,6 +49,18 @@ INLINE float f_sum(Floats x) { /* explicit, so that the order does not depend on
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+/* The sum of two vectors, and in the lanes of ``less`` their difference. */
+INLINE Floats sum_or_difference(Floats a, Floats b, __mmask16 less) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(a, b), less, a, b);
+}
+/* The Hadamard transform of 16 values. */
+INLINE Floats f_transform(Floats x) {
+    x = sum_or_difference(_mm512_permute_ps(x, 0xb1), x, 0xaaaa);
+    x = sum_or_difference(_mm512_permute_ps(x, 0x4e), x, 0xcccc);
+    x = sum_or_difference(_mm512_shuffle_f32x4(x, x, 0xb1), x, 0xf0f0);
+    return sum_or_difference(_mm512_shuffle_f32x4(x, x, 0x4e), x, 0xff00);
+}
+
 INLINE Ints f_bits(Floats x) { return _mm512_castps_si512(x); }
 INLINE Floats f_from(Ints x) { return _mm512_cvtepi32_ps(x); }
 INLINE Ints i_zero(void) { return _mm512_setzero_si512(); }

@@ -7,6 +7,45 @@
 
 INLINE int blocks_given(const Matrix *m) { return blocks_of(m->in); }
 
+/* Compute the Hadamard transform of each ``together`` of ``n`` values, without its scale. */
+INLINE void transform(float *x, int n, int together) {
+    int apart = 16;
+    for (int i = 0; i < n; i += 16) f_store(x + i, f_transform(f_load(x + i)));
+    for (; 2 * apart < together; apart *= 4) /* two steps in one pass */
+        for (int i = 0; i < n; i += 4 * apart)
+            for (int j = i; j < i + apart; j += 16) {
+                Floats a = f_load(x + j), b = f_load(x + j + apart), c = f_load(x + j + 2 * apart), d = f_load(x + j + 3 * apart);
+                Floats e = f_add(a, b), f = f_sub(a, b), g = f_add(c, d), h = f_sub(c, d);
+                f_store(x + j, f_add(e, g));
+                f_store(x + j + apart, f_add(f, h));
+                f_store(x + j + 2 * apart, f_sub(e, g));
+                f_store(x + j + 3 * apart, f_sub(f, h));
+            }
+    for (int i = 0; apart < together && i < n; i += 2 * apart)
+        for (int j = i; j < i + apart; j += 16) {
+            Floats a = f_load(x + j), b = f_load(x + j + apart);
+            f_store(x + j, f_add(a, b));
+            f_store(x + j + apart, f_sub(a, b));
+        }
+}
+
+/* The transform is symmetric, and its scale is in the weights. */
+static void transform_back(const Matrix *m, float *x) {
+    int n = wide(m->in);
+    transform(x, n, m->together);
+    for (int i = 0; i < n; i += 16) f_store(x + i, f_mul(f_load(x + i), f_load(m->signs + i)));
+}
+
+/* Store 16 inputs of an INT8 matrix, from ``i`` on. With SHORTS they take 16 bits, and each four have the order 0, 2, 1, 3: the even
+ * bytes of four weights become a pair of 16-bit numbers, and the odd ones another. */
+INLINE void put_given(uint8_t *y, int i, Ints v) {
+#ifdef SHORTS
+    i_put_shorts((int16_t *)y + i, i_swap_middle(v));
+#else
+    i_put_bytes(y + i, i_add(v, i_set(ZERO)));
+#endif
+}
+
 static void give(const Given *to, const Matrix *next, int row, const float *x) {
     int n = next->in, blocks = blocks_given(next);
     uint8_t *y = to->rows + row * to->stride;
@@ -14,11 +53,13 @@ static void give(const Given *to, const Matrix *next, int row, const float *x) {
     if (next->kind == FLOAT32) {
         for (int i = 0; i < BLOCK * blocks; i += 16) f_store((float *)y + i, f_load_some(x + i, n - i));
     } else if (next->kind == INT8) {
-        float highest = largest_of(x, n), levels = (float)next->levels;
-        Floats inverse = f_set(highest > 1e-30f ? levels / highest : 0.0f);
-        for (int i = 0; i < BLOCK * blocks; i += 16)
-            i_put_shorts((int16_t *)y + i, i_swap_middle(i_round(f_mul(f_load_some(x + i, n - i), inverse))));
-        steps[0] = highest / levels;
+        float *z = (float *)y; /* rounded values replace those that were read before */
+        for (int i = 0; i < BLOCK * blocks; i += 16) f_store(z + i, f_mul(f_load_some(x + i, n - i), f_load(next->signs + i)));
+        transform(z, BLOCK * blocks, next->together);
+        float highest = largest_of(z, BLOCK * blocks);
+        Floats inverse = f_set(highest > 1e-30f ? 127.0f / highest : 0.0f);
+        for (int i = 0; i < BLOCK * blocks; i += 16) put_given(y, i, i_round(f_mul(f_load(z + i), inverse)));
+        steps[0] = highest / 127.0f;
     } else {
         for (int b = 0; b < blocks; b++, x += BLOCK, n -= BLOCK, y += BLOCK) {
             Floats low = f_load_some(x, n), high = f_load_some(x + 16, n - 16);
@@ -38,7 +79,7 @@ INLINE void multiply_panel(const Given *from, const Matrix *m, int row, int rows
     const uint8_t *x = from->rows + row * from->stride;
     const float *steps = from->steps + row * from->apart;
 #define ROWS(n) \
-    if (m->kind == INT8) tile_shorts(n, x, from->stride, steps, from->apart, m, panel, add, out, stride, ahead); \
+    if (m->kind == INT8) tile_bytes(n, x, from->stride, steps, from->apart, m, panel, add, out, stride, ahead); \
     else if (m->kind == INT4) tile_nibbles(n, x, from->stride, steps, from->apart, m, panel, add, out, stride, ahead); \
     else tile_floats(n, x, from->stride, m, panel, add, out, stride); \
     break

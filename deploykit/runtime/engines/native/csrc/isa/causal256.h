@@ -19,18 +19,19 @@ INLINE void put(float *to, __m256 v, int add) { _mm256_storeu_ps(to, add ? _mm25
 /* Keep the compiler from adding products of several steps first, which needs more registers than there are. */
 #define IN_ORDER(x) __asm__("" : "+x"(x))
 
+#ifdef SHORTS
 /* The even bytes of a vector as 16 bits, or the odd ones. */
 INLINE __m256i shorts_at(const __m256i *x, int odd) {
     __m256i bytes = _mm256_load_si256(x);
     return _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
 }
 
-INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
-                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
-    const int chains = rows <= 2 ? 2 : 1; /* to hide the latency of VPDPWSSD */
+    const int chains = rows <= 2 ? 2 : 1; /* to hide the latency */
     __m256i s[MOST_ROWS][4];
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = s[r][2] = s[r][3] = _mm256_setzero_si256();
     for (int b = 0; b < blocks_of(m->in); b++) {
@@ -63,6 +64,45 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
         }
     }
 }
+#else
+/* Sums start from a negative offset, because activations are 128 too high. */
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+    const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
+    const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
+    const char *next = ahead.at;
+    const int chains = rows <= 2 ? 2 : 1; /* to hide latency */
+    __m256i s[MOST_ROWS][4];
+    for (int j = 0; j < 2; j++) {
+        __m256i none = _mm256_setzero_si256(), offset = _mm256_loadu_si256((const __m256i *)(m->offset + panel * COLUMNS) + j);
+        for (int r = 0; r < rows; r++) s[r][j] = _mm256_sub_epi32(none, offset), s[r][2 + j] = none;
+    }
+    for (int b = 0; b < blocks_of(m->in); b++) {
+        next = prefetch(next, ahead.lines);
+#pragma GCC unroll 2
+        for (int k = 0; k < BLOCK / 4; k++, w += 2, x += 4)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                Weights v = weights_of(_mm256_load_si256(w + j));
+#pragma GCC unroll 6
+                for (int r = 0; r < rows; r++) {
+                    __m256i *sum = s[r] + k % chains * 2 + j;
+                    *sum = dot_weights(*sum, FOUR_BYTES(x + r * stride, j), v);
+                    IN_ORDER(*sum);
+                }
+            }
+    }
+    for (int j = 0; j < 2; j++) {
+        __m256 factor = _mm256_loadu_ps(scale + 8 * j), more = _mm256_loadu_ps(bias + 8 * j);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m256 worth = _mm256_mul_ps(factor, _mm256_set1_ps(steps[r * apart]));
+            __m256i sum = chains == 2 ? _mm256_add_epi32(s[r][j], s[r][2 + j]) : s[r][j];
+            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), worth, more), add);
+        }
+    }
+}
+#endif
 
 INLINE __m256 eight_bfloat16(const uint16_t *x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16));

@@ -12,8 +12,9 @@ INLINE const char *prefetch(const char *at, int lines) {
 
 INLINE void put(float *to, __m512 v, int add) { _mm512_storeu_ps(to, add ? _mm512_add_ps(v, _mm512_loadu_ps(to)) : v); }
 
-INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
-                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+#ifdef SHORTS
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const __m512i *w = (const __m512i *)((const int8_t *)m->weight + panel * panel_bytes(m));
     const char *next = ahead.at;
     __m512i s[MOST_ROWS][2]; /* of even and odd inputs, to hide latency */
@@ -38,6 +39,35 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
         put(out + r * out_stride, _mm512_fmadd_ps(sum, worth, bias), add);
     }
 }
+#else
+/* Sums start from a negative offset, because activations are 128 too high. */
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+    const __m512i *w = (const __m512i *)((const int8_t *)m->weight + panel * panel_bytes(m));
+    const char *next = ahead.at;
+    __m512i s[MOST_ROWS][2]; /* of even and odd fours of inputs, to hide latency */
+    __m512i none = _mm512_setzero_si512(), start = _mm512_sub_epi32(none, _mm512_loadu_si512(m->offset + panel * COLUMNS));
+    for (int r = 0; r < rows; r++) s[r][0] = start, s[r][1] = none;
+    for (int b = 0; b < blocks_of(m->in); b++) {
+        next = prefetch(next, ahead.lines);
+#pragma GCC unroll 8
+        for (int k = 0; k < BLOCK / 4; k++, w++, x += 4) {
+            __m512i v = _mm512_load_si512(w);
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, x + r * stride, 4);
+                s[r][k % 2] = dot_bytes(s[r][k % 2], _mm512_set1_epi32(four), v);
+            }
+        }
+    }
+    __m512 scale = _mm512_loadu_ps((const float *)m->scale + panel * COLUMNS), bias = _mm512_loadu_ps(m->bias + panel * COLUMNS);
+    for (int r = 0; r < rows; r++) {
+        __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(steps[r * apart]));
+        __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(s[r][0], s[r][1]));
+        put(out + r * out_stride, _mm512_fmadd_ps(sum, worth, bias), add);
+    }
+}
+#endif
 
 INLINE __m512 sixteen_bfloat16(const uint16_t *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));

@@ -20,16 +20,16 @@ INLINE float float_of_half(uint16_t x) {
 INLINE Floats f_load_halves(const uint16_t *x) { FLOATS(float_of_half(x[i])); }
 INLINE void f_store_halves(uint16_t *to, Floats x) { EACH to[i] = half_of(x.v[i]); }
 
-INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
-                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m);
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     (void)ahead;
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < COLUMNS; j++) {
-            const int16_t *row = (const int16_t *)(x + r * stride);
+            const int8_t *row = (const int8_t *)(x + r * stride);
             int32_t sum = 0;
-            for (int k = 0; k < wide(m->in); k++) sum += row[k] * w[(k / 4 * COLUMNS + j) * 4 + (k % 2 * 2 + k / 2 % 2)];
+            for (int k = 0; k < wide(m->in); k++) sum += row[k] * w[(k / 4 * COLUMNS + j) * 4 + k % 4];
             float v = fmaf((float)sum, scale[j] * steps[r * apart], bias[j]), *to = out + r * out_stride + j;
             *to = add ? v + *to : v;
         }

@@ -142,57 +142,31 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- language models ---- */
 
-/* Compute 8 columns for each of ``halves`` halves from ``half`` on. 16-bit activations are split into two bytes. */
-INLINE void half_shorts(const int rows, const int halves, int half, const uint8_t *x, int64_t stride, const float *steps,
-                        int64_t apart, const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 32 * half;
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m);
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
-    const int8x16_t ones = vdupq_n_s8(1);
-    const uint8x16_t lows = vreinterpretq_u8_u64(vdupq_n_u64(0x0e0a0c0806020400)); /* in the order of the inputs */
     const char *next = ahead.at;
-    int32x4_t h[MOST_ROWS][4], l[MOST_ROWS][4], all[4];
-    EACH all[i] = vdupq_n_s32(0);
-    EACH_ROW EACH h[r][i] = l[r][i] = vdupq_n_s32(0);
+    int32x4_t s[MOST_ROWS][4];
+    EACH_ROW EACH s[r][i] = vdupq_n_s32(0);
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
-        for (int k = 0; k < BLOCK / 8; k++, w += 8 * COLUMNS, x += 16) {
-            int8x16_t high[MOST_ROWS];
-            uint8x16_t low[MOST_ROWS];
-            EACH_ROW {
-                int8x16_t eight = vld1q_s8((const int8_t *)(x + r * stride));
-                low[r] = vreinterpretq_u8_s8(vqtbl1q_s8(eight, lows));
-                high[r] = vqtbl1q_s8(eight, vorrq_u8(lows, vdupq_n_u8(1)));
-            }
+        for (int k = 0; k < BLOCK / 16; k++, w += 16 * COLUMNS, x += 16) {
+            int8x16_t sixteen[MOST_ROWS];
+            EACH_ROW sixteen[r] = vld1q_s8((const int8_t *)x + r * stride);
 #define QUAD(lane) \
-    _Pragma("GCC unroll 4") for (int j = 0; j < 2 * halves; j++) { \
-        int8x16_t fours = vld1q_s8(w + 4 * COLUMNS * lane + 16 * j); \
-        if (!UNSIGNED) all[j] = vdotq_s32(all[j], fours, ones); \
+    EACH { \
+        int8x16_t fours = vld1q_s8(w + 4 * COLUMNS * lane + 16 * i); \
         EACH_ROW { \
-            h[r][j] = vdotq_laneq_s32(h[r][j], fours, high[r], lane); \
-            l[r][j] = DOT_BY_UNSIGNED(l[r][j], fours, low[r], lane); \
+            s[r][i] = vdotq_laneq_s32(s[r][i], fours, sixteen[r], lane); \
+            IN_ORDER(s[r][i]); \
         } \
     }
-            QUAD(0)
-            QUAD(1)
+            EACH_LANE(QUAD)
 #undef QUAD
         }
     }
-    EACH_ROW
-        _Pragma("GCC unroll 4") for (int j = 0; j < 2 * halves; j++) {
-            int at = 8 * half + 4 * j;
-            int32x4_t sum = raised(vaddq_s32(vshlq_n_s32(h[r][j], 8), l[r][j]), all[j]);
-            put_products(out + r * out_stride + at, sum, scale + at, bias + at, steps[r * apart], add);
-        }
-}
-
-/* Sums and activations of three rows are all that the registers hold. */
-INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
-                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int halves = rows <= 2 ? 2 : 1;
-    for (int half = 0; half < 2; half += halves)
-        _Pragma("GCC unroll 2") for (int r = 0; r < rows; r += 3, ahead.lines = 0)
-            half_shorts(rows - r < 3 ? rows - r : 3, halves, half, x + r * stride, stride, steps + r * apart, apart, m, panel, add,
-                        out + r * out_stride, out_stride, ahead);
+    EACH_ROW EACH put_products(out + r * out_stride + 4 * i, s[r][i], scale + 4 * i, bias + 4 * i, steps[r * apart], add);
 }
 
 /* Compute 4 columns for each of ``vectors`` vectors from ``part`` on. */

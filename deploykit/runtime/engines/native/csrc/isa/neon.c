@@ -130,49 +130,51 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- language models ---- */
 
-/* Compute 8 columns for each of ``halves`` halves from ``half`` on. */
-INLINE void half_shorts(const int rows, const int halves, int half, const uint8_t *x, int64_t stride, const float *steps,
-                        int64_t apart, const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 32 * half;
-    const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
+/* Compute 4 columns for each of ``vectors`` vectors from ``part`` on. A sum has two lanes for each column. Twice a weight times
+ * an activation, both up to 127, fits 16 bits. */
+INLINE void some_bytes(const int rows, const int vectors, int part, const uint8_t *x, int64_t stride, const float *steps,
+                       int64_t apart, const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+    int column = 4 * vectors * part;
+    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 4 * column;
     const char *next = ahead.at;
-    int32x4_t s[MOST_ROWS][4];
-    for (int r = 0; r < rows; r++) EACH s[r][i] = vdupq_n_s32(0);
+    int32x4_t s[MOST_ROWS][4][2];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vectors; j++) s[r][j][0] = s[r][j][1] = vdupq_n_s32(0);
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
-        for (int k = 0; k < BLOCK / 4; k++, w += 4 * COLUMNS, x += 8) {
-            int16x4_t four[MOST_ROWS];
-            for (int r = 0; r < rows; r++) four[r] = vld1_s16((const int16_t *)(x + r * stride));
-            for (int j = 0; j < halves; j++) {
-                int8x8x4_t its = vld4_s8(w + 32 * j);
-#define INPUT(number, lane) \
-    { \
-        int16x8_t eight = vmovl_s8(its.val[number]); \
-        for (int r = 0; r < rows; r++) { \
-            s[r][2 * j] = vmlal_lane_s16(s[r][2 * j], vget_low_s16(eight), four[r], lane); \
-            s[r][2 * j + 1] = vmlal_lane_s16(s[r][2 * j + 1], vget_high_s16(eight), four[r], lane); \
-        } \
-    }
-                INPUT(0, 0)
-                INPUT(1, 2)
-                INPUT(2, 1)
-                INPUT(3, 3)
-#undef INPUT
+        for (int k = 0; k < BLOCK / 8; k++, w += 8 * COLUMNS, x += 8) {
+            int8x8_t even[MOST_ROWS], odd[MOST_ROWS];
+            for (int r = 0; r < rows; r++) {
+                int32x2_t eight = vreinterpret_s32_s8(vld1_s8((const int8_t *)x + r * stride));
+                even[r] = vreinterpret_s8_s32(vdup_lane_s32(eight, 0));
+                odd[r] = vreinterpret_s8_s32(vdup_lane_s32(eight, 1));
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) {
+                int8x16_t a = vld1q_s8(w + 16 * j), c = vld1q_s8(w + 4 * COLUMNS + 16 * j);
+#pragma GCC unroll 6
+                for (int r = 0; r < rows; r++) {
+                    int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(a), even[r]), vget_low_s8(c), odd[r]);
+                    int16x8_t high = vmlal_s8(vmull_s8(vget_high_s8(a), even[r]), vget_high_s8(c), odd[r]);
+                    s[r][j][0] = vpadalq_s16(s[r][j][0], low);
+                    s[r][j][1] = vpadalq_s16(s[r][j][1], high);
+                }
             }
         }
     }
+    const float *scale = (const float *)m->scale + panel * COLUMNS + column, *bias = m->bias + panel * COLUMNS + column;
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 2 * halves; j++) {
-            int at = 8 * half + 4 * j;
-            put_products(out + r * out_stride + at, s[r][j], scale + at, bias + at, steps[r * apart], add);
+        for (int j = 0; j < vectors; j++) {
+            int32x4_t sum = vpaddq_s32(s[r][j][0], s[r][j][1]);
+            put_products(out + r * out_stride + column + 4 * j, sum, scale + 4 * j, bias + 4 * j, steps[r * apart], add);
         }
 }
 
-INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
-                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int halves = rows <= 3 ? 2 : 1;
-    for (int half = 0; half < 2; half += halves, ahead.lines = 0)
-        half_shorts(rows, halves, half, x, stride, steps, apart, m, panel, add, out, out_stride, ahead);
+INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
+                       int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
+    const int vectors = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    for (int part = 0; part < 4 / vectors; part++, ahead.lines = 0)
+        some_bytes(rows, vectors, part, x, stride, steps, apart, m, panel, add, out, out_stride, ahead);
 }
 
 /* Compute 4 columns. The sum of a block's 8 products of up to 15 by up to 127 fits 16 bits. */

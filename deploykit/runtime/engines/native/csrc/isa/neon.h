@@ -92,6 +92,17 @@ INLINE float f_sum(Floats x) {
     float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
+/* The Hadamard transform of 16 values. */
+INLINE Floats f_transform(Floats x) {
+    EACH {
+        float32x4_t v = x.v[i], other = vrev64q_f32(v);
+        v = vtrn1q_f32(vaddq_f32(v, other), vsubq_f32(v, other));
+        other = vextq_f32(v, v, 2);
+        x.v[i] = vcombine_f32(vget_low_f32(vaddq_f32(v, other)), vget_low_f32(vsubq_f32(v, other)));
+    }
+    Floats y = {{vaddq_f32(x.v[0], x.v[1]), vsubq_f32(x.v[0], x.v[1]), vaddq_f32(x.v[2], x.v[3]), vsubq_f32(x.v[2], x.v[3])}};
+    return (Floats){{vaddq_f32(y.v[0], y.v[2]), vaddq_f32(y.v[1], y.v[3]), vsubq_f32(y.v[0], y.v[2]), vsubq_f32(y.v[1], y.v[3])}};
+}
 INLINE void f_transpose(Floats x[16]) {
     float rows[16][16];
     for (int i = 0; i < 16; i += 4) /* a load of four structures transposes: lane l of vector c is value 4 l + c */
@@ -139,9 +150,6 @@ INLINE int16x8_t eight_shorts(const int32x4_t *x) {
 }
 INLINE int8x16_t bytes_of(Ints x) {
     return vuzp1q_s8(vreinterpretq_s8_s16(eight_shorts(x.v)), vreinterpretq_s8_s16(eight_shorts(x.v + 2)));
-}
-INLINE Ints i_swap_middle(Ints x) {
-    INTS(vcombine_s32(vget_low_s32(vuzp1q_s32(x.v[i], x.v[i])), vget_low_s32(vuzp2q_s32(x.v[i], x.v[i]))));
 }
 INLINE void i_put_shorts(void *to, Ints x) {
     vst1q_s16(to, eight_shorts(x.v));

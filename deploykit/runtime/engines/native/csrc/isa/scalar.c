@@ -54,6 +54,14 @@ INLINE float f_sum(Floats x) { /* add the upper half to the lower, and repeat: t
         for (int i = 0; i < width; i++) x.v[i] += x.v[i + width];
     return x.v[0];
 }
+/* The Hadamard transform of 16 values. */
+INLINE Floats f_transform(Floats x) {
+    for (int apart = 1; apart < 16; apart *= 2) {
+        Floats y = x;
+        EACH x.v[i] = i & apart ? y.v[i ^ apart] - y.v[i] : y.v[i] + y.v[i ^ apart];
+    }
+    return x;
+}
 INLINE void f_transpose(Floats x[16]) {
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < i; j++) {
@@ -88,8 +96,6 @@ INLINE uint32_t i_equal(const int32_t *x, int32_t y) {
 INLINE Ints i_load_bytes(const int8_t *x, int left) { INTS(i < left ? x[i] : 0); }
 INLINE void i_store(void *to, Ints x) { memcpy(to, &x, sizeof(x)); }
 INLINE void i_put_bytes(void *to, Ints x) { EACH ((int8_t *)to)[i] = (int8_t)x.v[i]; }
-/* The order 0, 2, 1, 3 of each four. */
-INLINE Ints i_swap_middle(Ints x) { INTS(x.v[i - i % 4 + i % 2 * 2 + i / 2 % 2]); }
 INLINE void i_put_shorts(void *to, Ints x) { EACH ((int16_t *)to)[i] = (int16_t)x.v[i]; }
 INLINE void i_put_every_fourth_byte(int8_t *to, Ints x, int place) { EACH to[4 * i + place] = (int8_t)x.v[i]; }
 

@@ -5,7 +5,7 @@
  * - ZERO, tile_int8, tile_float: products of linear layers;
  * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
  * - value_sums: products of a classifier's attention;
- * - tile_shorts, tile_nibbles, tile_floats: products of a language model's matrices;
+ * - tile_bytes, tile_nibbles, tile_floats: products of a language model's matrices; SHORTS, if tile_bytes takes 16-bit inputs;
  * - if it has products of more than MOST_ROWS rows, TILES: their part of the table. */
 #include "rows.h"
 #include "attention.h"
@@ -58,6 +58,7 @@ const Kernels TABLE = {
     TILES,
     .seen_queries = SEEN_QUERIES,
     .give_row = give_row,
+    .transform_back = transform_back,
     .normalize = normalize,
     .embed_column = embed_column,
     .embed_row = embed_row,
