@@ -1,9 +1,13 @@
-"""Requests on gRPC that clients cancel when they are about to end: without the guard, Triton 2.51 ends, or keeps them for ever."""
+"""Requests that clients cancel or leave, also when they are about to end. Without the guard, Triton 2.51 ends, or keeps them for ever."""
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +18,10 @@ from typing import Any
 import pytest
 from grpc import RpcError, StatusCode, insecure_channel
 from language_models import write_export
-from served import start
+from served import body, post, start
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from deploykit.runtime.served import parse_url
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.repository import package
@@ -93,6 +98,36 @@ def test_requests_that_are_cancelled_at_their_end_neither_end_triton_nor_stay(
         begun = time.monotonic()
         server.stop()
         assert time.monotonic() - begun < 20  # 40 if it waits for requests that it keeps
+
+
+def test_a_client_that_leaves_cancels_no_request_of_the_next_one_on_its_connections_number(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the guard learns late that a client has left."""
+    library, source = tmp_path / "late_epoll.so", Path(__file__).parents[1] / "support/late_epoll.c"
+    compiler = [sys.executable, "-m", "ziglang", "cc", "-O1", "-shared", "-fPIC", "-target", "x86_64-linux-gnu.2.17"]
+    subprocess.run([*compiler, source, "-o", library, "-ldl"], check=True)
+    stop = threading.Event()
+
+    def ask() -> list[tuple[int, Any]]:
+        answers = []
+        while not stop.is_set():
+            answers.append(post(server, body(["a day"])))
+        return answers
+
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    with start(repository) as server, ThreadPoolExecutor(CLIENTS) as pool:
+        asking = [pool.submit(ask) for _ in range(CLIENTS)]
+        host, port = parse_url(server.urls.http)[0].split(":")
+        content = json.dumps(body(["a day"])).encode()
+        head = f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
+        for _ in range(150):
+            with socket.create_connection((host, int(port))) as leaving:
+                leaving.sendall(head.encode() + content)
+            time.sleep(0.02)
+        stop.set()
+        answers = [answer for one in asking for answer in one.result()]
+    assert [answer for answer in answers if answer[0] != 200] == []
 
 
 @pytest.fixture

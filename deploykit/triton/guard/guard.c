@@ -31,6 +31,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -303,11 +304,15 @@ static void *cancel_requests_without_client(void *unused) {
   for (;;) {
     struct epoll_event event;
     if (epoll_wait(closings, &event, 1, -1) != 1) continue;
+    struct pollfd client = {.fd = event.data.fd, .events = POLLRDHUP};
     pthread_mutex_lock(&lock);
-    void **request = &request_of[event.data.fd];
-    Error *error = *request == NULL ? NULL : cancel(*request);
-    if (error != NULL) delete_error(error);
-    *request = NULL;
+    // On a busy machine the request may have ended since, and another client have the connection's number.
+    if (poll(&client, 1, 0) == 1) {
+      void **request = &request_of[client.fd];
+      Error *error = *request == NULL ? NULL : cancel(*request);
+      if (error != NULL) delete_error(error);
+      *request = NULL;
+    }
     pthread_mutex_unlock(&lock);
   }
   return unused;
