@@ -37,6 +37,8 @@ _CHANNEL = (
 _OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
 _FAILED = "the model failed on this request"
 """Beginnings of errors, which have no code in a stream."""
+_NOT_SENT = "Internal error from Core"
+"""gRPC's details, with the code of an internal error, if the connection closes before the request is sent (grpc/grpc#36066)."""
 _ID = "[request id: <id_unknown>] "  # Triton's prefix for a request without an id
 _FIRST_WORD = re.compile(r"\W*(\w+)")
 _COMPOUND = re.compile(r"\b(" + "|".join(name for name in FIELD_OF if "_" in name) + r")\b")
@@ -151,7 +153,7 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: GenerationRequ
     message = message.removeprefix(_ID).strip()
     if QUEUE_FULL.match(message) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return overloaded(message)
-    if code == grpc.StatusCode.UNAVAILABLE or ONLY_RELOADING.match(message):
+    if code == grpc.StatusCode.UNAVAILABLE or message == _NOT_SENT or ONLY_RELOADING.match(message):
         return restarting(f"the model does not answer now ({message})")
     if code is not None or message.startswith(_FAILED):
         return ApiError(f"the model failed: {message.removeprefix('the model failed ')}", 500)

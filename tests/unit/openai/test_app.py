@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +16,11 @@ import httpx
 import pytest
 from fake_generator import BREAKS, ENDLESS, FULL, HANGS, LOST, SLOW, TOO_LONG
 from fake_triton import FakeTriton
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from openai_service import Service, serve
 from served import wait_until
+from tritonclient.grpc.aio import InferenceServerClient
 
 from deploykit.errors import ServerError
 from deploykit.openai import triton_generator
@@ -234,6 +237,28 @@ def test_a_new_request_waits_while_triton_restarts(client: httpx.Client, service
     service.triton.model.lost_for = 2
     assert complete(client, "x").status_code == 200
     assert service.triton.model.lost_for == 0
+
+
+def test_a_request_that_is_not_sent_whole_is_sent_again(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """grpc fails in this way if Triton ends between the header and the message of a stream."""
+    stream_infer = InferenceServerClient.stream_infer
+    lost = []
+
+    class Lost:
+        async def __aiter__(self) -> AsyncIterator[Any]:
+            lost.append(self)
+            raise AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata(), "Internal error from Core")
+            yield
+
+        def cancel(self) -> None:
+            pass
+
+    def stream_second(self: Any, requests: Any, **options: Any) -> Any:
+        return stream_infer(self, requests, **options) if lost else Lost()
+
+    monkeypatch.setattr(InferenceServerClient, "stream_infer", stream_second)
+    assert complete(client, "x", stream=True).status_code == 200
+    assert len(lost) == 1
 
 
 def test_a_model_that_stays_away_is_503(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
