@@ -1,7 +1,7 @@
 """Write a language model's weights for the engine ``native``, in INT8, INT4 or fp32.
 
-INT8: a scale for each output channel, and inputs after a Hadamard transform (``Transform``). INT4: a scale and a minimum for each 32 inputs of a channel; embedding and head are INT8.
-The layout is that of ``csrc/causal.h``.
+INT8: a scale for each output channel; the inputs are transformed (``Transform``). INT4: a scale and a minimum for each 32 inputs of a
+channel; embedding and head are INT8. The layout is that of ``csrc/causal.h``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class _Matrix:
 
 
 class Transform:
-    """What ``native`` does with the inputs of an INT8 matrix before it rounds them to 8 bits: it multiplies them by random signs, and
-    computes the Hadamard transform of each ``together`` of them. So an outlier is spread over many inputs, and no sum
-    of inputs with equal signs becomes one. ``size``: number of inputs, a multiple of 32.
+    """What ``native`` does with the inputs of an INT8 matrix before it rounds them to 8 bits.
+
+    It multiplies them by ``signs``, and computes the Hadamard transform, without its scale, of each ``together`` of them. That spreads
+    an outlier over many inputs. The signs are random, because inputs of one sign would sum to an outlier.
+    ``size``: number of inputs, a multiple of 32.
 
     Source: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024.
     """
