@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -34,11 +34,16 @@ if guard:
 os.execv(command[0], command)
 """
 _STOPPED_S = 1.0
+_DEAD_S = 2.0
 _IDLE_S = 10.0
 _IDLE_CPU_S = 0.05
 """A replaced stub that computes less in ``_IDLE_S`` has nothing left to answer."""
 REFUSALS = (ServerError, OSError, http.client.HTTPException)
 """Errors of calls to a Triton that does not answer, or that refuses the call."""
+
+
+class DeadStubError(Exception):
+    """Triton waits for a stub that died while it started."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,12 @@ class TritonProcess:
     def wait_until_ready(self, timeout: float) -> None:
         """Return when every model answers and all ports are open. Raises ServerError after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
+        died = self._watch_for_deaths()
         while time.monotonic() < deadline:
             if self.exit_code is not None:
                 raise self._start_failure(f"Triton ended with exit code {self.exit_code}")
+            if died():
+                raise self._start_failure("a model's process died while it started")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.call("GET", "/v2/health/ready", timeout=1.0)[0] == 200:
                     for port in self._launch.ports.values():  # the metrics port opens last, after Triton announces it
@@ -148,13 +156,43 @@ class TritonProcess:
                 with contextlib.suppress(psutil.Error):
                     stub.kill()
 
-    def control(self, model: str, action: str, *, timeout: float) -> None:
-        """Make Triton load ``model``, or begin to unload it. Raises one of ``REFUSALS``."""
+    def load(self, model: str, *, timeout: float) -> None:
+        """Make Triton load ``model``. Raises one of ``REFUSALS``, and ``DeadStubError`` if Triton would wait for ever."""
+        died = self._watch_for_deaths()
+
+        def check() -> None:
+            if died():
+                raise DeadStubError
+
+        self.control(model, "load", timeout=timeout, check=check)
+
+    def _watch_for_deaths(self) -> Callable[[], bool]:
+        """Return a function that says whether a stub that Triton has started since then died 2 s ago, without an end of Triton's wait.
+
+        Triton 2.51 waits for ever for the first message of a stub that died before it (python_backend, pull request 408).
+        """
+        import psutil
+
+        known = set(_children(self.pid, recursive=False))
+        dead_since: dict[psutil.Process, float] = {}
+
+        def died() -> bool:
+            now = time.monotonic()
+            for child in _children(self.pid, recursive=False):
+                if child not in known and _status(child) == psutil.STATUS_ZOMBIE:
+                    dead_since.setdefault(child, now)
+            return any(now - since >= _DEAD_S for since in dead_since.values())
+
+        return died
+
+    def control(self, model: str, action: str, *, timeout: float, check: Callable[[], None] = lambda: None) -> None:
+        """Make Triton load ``model``, or begin to unload it. Raises one of ``REFUSALS``, and what ``check`` raises meanwhile."""
         status, answer = self.call(
             "POST",
             f"/v2/repository/models/{model}/{action}",
             timeout=timeout,
             headers={ADMIN_HEADER: self._launch.admin_key},
+            check=check,
         )
         if status != 200:
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -215,9 +253,16 @@ class TritonProcess:
         return total / 2**20
 
     def call(
-        self, method: str, path: str, *, timeout: float, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[int, str]:
-        """Send a request to the HTTP port. Returns status and body. Raises one of ``REFUSALS``.
+        """Send a request to the HTTP port. Returns status and body. Raises one of ``REFUSALS``, and what ``check`` raises
+        while there is no answer.
 
         When Triton has ended, its stubs keep the connection open.
         """
@@ -232,6 +277,7 @@ class TritonProcess:
                     raise ConnectionResetError("Triton ended")
                 if time.monotonic() >= deadline:
                     raise TimeoutError("timed out")
+                check()
             response = connection.getresponse()
             return response.status, response.read().decode(errors="replace")
         finally:
@@ -295,10 +341,10 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _children(pid: int) -> list[psutil.Process]:
+def _children(pid: int, *, recursive: bool = True) -> list[psutil.Process]:
     import psutil
 
     try:
-        return list(psutil.Process(pid).children(recursive=True))
+        return list(psutil.Process(pid).children(recursive=recursive))
     except psutil.Error:
         return []

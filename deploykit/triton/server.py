@@ -31,7 +31,7 @@ from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.guard import LIBRARY as GUARD
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
-from deploykit.triton.process import ADMIN_HEADER, REFUSALS, Launch, TritonProcess, alive
+from deploykit.triton.process import ADMIN_HEADER, REFUSALS, DeadStubError, Launch, TritonProcess, alive
 from deploykit.triton.repository import RepositoryModel, list_models, verify_version
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,11 @@ class TritonServer:
             triton.replace(model)
             try:
                 triton.control(model, "unload", timeout=self._ready_timeout)
-                triton.control(model, "load", timeout=self._ready_timeout)
+                triton.load(model, timeout=self._ready_timeout)
+            except DeadStubError:
+                log.warning("model %s: its new process died while it started; restarting Triton", model)
+                self._restart()
+                return lost
             except REFUSALS as error:
                 log.error("model %s: could not be loaded again: %s", model, error)
                 self._retry_at[model] = time.monotonic() + _RETRY_LOAD_S

@@ -189,6 +189,46 @@ def test_no_request_is_answered_wrong_or_500_while_model_processes_are_killed(fr
     assert not lost or wait_until(lambda: len(fresh.restarts) > 0, 30), lost[:3]
 
 
+def _answers(server: TritonServer) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return post(server, body(["w1"]), timeout=2.0)[0] == 200
+    return False
+
+
+def _kill_the_next_process(server: TritonServer, known: set[psutil.Process]) -> None:
+    """Kill a model's process as soon as there is another one, before it has told Triton that it lives."""
+    for _ in range(20_000):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(server.pid).children():
+                if process not in known and process.name().startswith(
+                    "triton_python"
+                ):  # it is no copy of Triton any more
+                    process.kill()
+                    return
+        time.sleep(0.001)
+    raise AssertionError("no other process was started")
+
+
+def test_a_process_that_dies_while_it_starts_keeps_no_request_waiting(fresh: Supervised) -> None:
+    """Triton 2.51 would wait for its first message for ever."""
+    server = fresh.server
+    expected = outputs(post(server, body(["w1"]))[1])
+    known = set(psutil.Process(server.pid).children())
+    for process in known:
+        process.kill()
+    _kill_the_next_process(server, known)
+    assert wait_until(lambda: _answers(server), 20)
+    assert outputs(post(server, body(["w1"]))[1]) == expected
+
+
+def test_a_start_whose_process_dies_is_tried_again(fresh: Supervised) -> None:
+    server, pid = fresh.server, fresh.server.pid
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: server.pid != pid, 20)
+    _kill_the_next_process(server, set())
+    assert wait_until(lambda: _answers(server), 20)
+
+
 def test_serve_notices_at_once_that_triton_ended_while_it_asks_it_to_unload(repository: Path) -> None:
     """Triton 2.51 ends where a model's process died with a lock. The other process keeps Triton's connections open."""
     with start(repository) as server, ThreadPoolExecutor(1) as pool:

@@ -24,9 +24,11 @@ def body(texts: list[str], **extra: Any) -> dict[str, Any]:
     return {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}], **extra}
 
 
-def post(server: TritonServer, content: Any, model: str = "tiny", how: str = "infer") -> tuple[int, Any]:
+def post(
+    server: TritonServer, content: Any, model: str = "tiny", how: str = "infer", timeout: float = 60.0
+) -> tuple[int, Any]:
     """Send a plain HTTP request. Returns status and JSON."""
-    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
+    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=timeout)
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     try:
         connection.request("POST", f"/v2/models/{model}/{how}", data)
