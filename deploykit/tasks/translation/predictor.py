@@ -157,7 +157,7 @@ class Translator(Generic[RunnerT]):
                     parts = [(ids, separator)]
                 elif long_input == "refuse":
                     raise DataError(
-                        f"text {number}: has {len(ids)} tokens, the model takes {self.task.max_source_length}",
+                        f"text {number}: the text has {len(ids)} tokens, the model takes {self.task.max_source_length}",
                         "shorten it, or let it be split at sentence ends",
                     )
                 else:
