@@ -42,7 +42,7 @@ REFUSALS = (ServerError, OSError, http.client.HTTPException)
 """Errors of calls to a Triton that does not answer, or that refuses the call."""
 
 
-class DeadStubError(Exception):
+class DeadStubError(ServerError):
     """Triton waits for a stub that died while it started."""
 
 
@@ -162,7 +162,7 @@ class TritonProcess:
 
         def check() -> None:
             if died():
-                raise DeadStubError
+                raise DeadStubError(f"a process of the model {model} died while it started")
 
         self.control(model, "load", timeout=timeout, check=check)
 
