@@ -217,7 +217,7 @@ def test_a_process_that_dies_while_it_starts_keeps_no_request_waiting(fresh: Sup
     for process in known:
         process.kill()
     _kill_the_next_process(server, known)
-    assert wait_until(lambda: _answers(server), 20)
+    assert wait_until(lambda: _answers(server), 40)
     assert outputs(post(server, body(["w1"]))[1]) == expected
 
 
@@ -226,7 +226,7 @@ def test_a_start_whose_process_dies_is_tried_again(fresh: Supervised) -> None:
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: server.pid != pid, 20)
     _kill_the_next_process(server, set())
-    assert wait_until(lambda: _answers(server), 20)
+    assert wait_until(lambda: _answers(server), 40)
 
 
 def test_serve_notices_at_once_that_triton_ended_while_it_asks_it_to_unload(repository: Path) -> None:
