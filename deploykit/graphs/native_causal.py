@@ -168,13 +168,14 @@ class NativeCausalWriter:
         if matrix is None:
             assert bits is not None
             matrix = self._quantized[key] = self._quantize(of or name, layer, bits)
-        kept = {each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()}
-        if matrix.kind != "int8":
-            return {"in": inputs, "out": outputs, "kind": matrix.kind, **kept}
-        transform = self._transform(inputs)
-        signs = self._keep(f"signs.{len(transform.signs)}", transform.signs)
-        together = {"signs": signs, "together": transform.together}
-        return {"in": inputs, "out": outputs, "kind": matrix.kind, **kept, **together}
+        kept: dict[str, Any] = {
+            each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()
+        }
+        if matrix.kind == "int8":
+            transform = self._transform(inputs)
+            kept["signs"] = self._keep(f"signs.{len(transform.signs)}", transform.signs)
+            kept["together"] = transform.together
+        return {"in": inputs, "out": outputs, "kind": matrix.kind, **kept}
 
     def _quantize(self, of: str, layer: Linear, bits: Bits) -> _Matrix:
         """Quantize a layer's weights. If the inputs of the layer ``of`` are known, the errors compensate each other."""
@@ -211,16 +212,8 @@ def _int8(layer: Linear, weight: Array, rounded: Rounded | None) -> _Matrix:
         values, scales = quantize_channels(weight)
     else:
         values, scales = rounded.values, rounded.scales[0]
-    offset = 128 * values.sum(0, dtype=np.int32)
-    return _Matrix(
-        "int8",
-        {
-            "weight": _panels(values, _FOUR),
-            "scale": scales,
-            "offset": offset,
-            "bias": _bias(layer, weight.shape[1]),
-        },
-    )
+    tensors = {"weight": _panels(values, _FOUR), "scale": scales, "offset": 128 * values.sum(0, dtype=np.int32)}
+    return _Matrix("int8", {**tensors, "bias": _bias(layer, weight.shape[1])})
 
 
 def _int4(layer: Linear, rounded: Rounded | None) -> _Matrix:

@@ -19,6 +19,21 @@ INLINE void put(float *to, __m256 v, int add) { _mm256_storeu_ps(to, add ? _mm25
 /* Keep the compiler from adding products of several steps first, which needs more registers than there are. */
 #define IN_ORDER(x) __asm__("" : "+x"(x))
 
+/* Write a panel's integer sums as float32. With two ``chains``, each sum is that of two. */
+INLINE void put_tile(const int rows, const int chains, __m256i s[][4], const float *steps, int64_t apart, const Matrix *m, int panel,
+                     int add, float *out, int64_t out_stride) {
+    const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
+    for (int j = 0; j < 2; j++) {
+        __m256 factor = _mm256_loadu_ps(scale + 8 * j), more = _mm256_loadu_ps(bias + 8 * j);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m256 worth = _mm256_mul_ps(factor, _mm256_set1_ps(steps[r * apart]));
+            __m256i sum = chains == 2 ? _mm256_add_epi32(s[r][j], s[r][2 + j]) : s[r][j];
+            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), worth, more), add);
+        }
+    }
+}
+
 #ifdef SHORTS
 /* The even bytes of a vector as 16 bits, or the odd ones. */
 INLINE __m256i shorts_at(const __m256i *x, int odd) {
@@ -29,7 +44,6 @@ INLINE __m256i shorts_at(const __m256i *x, int odd) {
 INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
-    const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
     const int chains = rows <= 2 ? 2 : 1; /* to hide the latency */
     __m256i s[MOST_ROWS][4];
@@ -54,22 +68,13 @@ INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const f
                 }
             }
     }
-    for (int j = 0; j < 2; j++) {
-        __m256 factor = _mm256_loadu_ps(scale + 8 * j), more = _mm256_loadu_ps(bias + 8 * j);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m256 worth = _mm256_mul_ps(factor, _mm256_set1_ps(steps[r * apart]));
-            __m256i sum = chains == 2 ? _mm256_add_epi32(s[r][j], s[r][2 + j]) : s[r][j];
-            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), worth, more), add);
-        }
-    }
+    put_tile(rows, chains, s, steps, apart, m, panel, add, out, out_stride);
 }
 #else
 /* Sums start from a negative offset, because activations are 128 too high. */
 INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
-    const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
     const int chains = rows <= 2 ? 2 : 1; /* to hide latency */
     __m256i s[MOST_ROWS][4];
@@ -92,15 +97,7 @@ INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const f
                 }
             }
     }
-    for (int j = 0; j < 2; j++) {
-        __m256 factor = _mm256_loadu_ps(scale + 8 * j), more = _mm256_loadu_ps(bias + 8 * j);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m256 worth = _mm256_mul_ps(factor, _mm256_set1_ps(steps[r * apart]));
-            __m256i sum = chains == 2 ? _mm256_add_epi32(s[r][j], s[r][2 + j]) : s[r][j];
-            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), worth, more), add);
-        }
-    }
+    put_tile(rows, chains, s, steps, apart, m, panel, add, out, out_stride);
 }
 #endif
 

@@ -12,6 +12,17 @@ INLINE const char *prefetch(const char *at, int lines) {
 
 INLINE void put(float *to, __m512 v, int add) { _mm512_storeu_ps(to, add ? _mm512_add_ps(v, _mm512_loadu_ps(to)) : v); }
 
+/* Write a panel's integer sums, each that of two, as float32. */
+INLINE void put_tile(const int rows, __m512i s[][2], const float *steps, int64_t apart, const Matrix *m, int panel, int add, float *out,
+                     int64_t out_stride) {
+    __m512 scale = _mm512_loadu_ps((const float *)m->scale + panel * COLUMNS), bias = _mm512_loadu_ps(m->bias + panel * COLUMNS);
+    for (int r = 0; r < rows; r++) {
+        __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(steps[r * apart]));
+        __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(s[r][0], s[r][1]));
+        put(out + r * out_stride, _mm512_fmadd_ps(sum, worth, bias), add);
+    }
+}
+
 #ifdef SHORTS
 INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                        int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
@@ -32,12 +43,7 @@ INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const f
             }
         }
     }
-    __m512 scale = _mm512_loadu_ps((const float *)m->scale + panel * COLUMNS), bias = _mm512_loadu_ps(m->bias + panel * COLUMNS);
-    for (int r = 0; r < rows; r++) {
-        __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(steps[r * apart]));
-        __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(s[r][0], s[r][1]));
-        put(out + r * out_stride, _mm512_fmadd_ps(sum, worth, bias), add);
-    }
+    put_tile(rows, s, steps, apart, m, panel, add, out, out_stride);
 }
 #else
 /* Sums start from a negative offset, because activations are 128 too high. */
@@ -60,12 +66,7 @@ INLINE void tile_bytes(const int rows, const uint8_t *x, int64_t stride, const f
             }
         }
     }
-    __m512 scale = _mm512_loadu_ps((const float *)m->scale + panel * COLUMNS), bias = _mm512_loadu_ps(m->bias + panel * COLUMNS);
-    for (int r = 0; r < rows; r++) {
-        __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(steps[r * apart]));
-        __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(s[r][0], s[r][1]));
-        put(out + r * out_stride, _mm512_fmadd_ps(sum, worth, bias), add);
-    }
+    put_tile(rows, s, steps, apart, m, panel, add, out, out_stride);
 }
 #endif
 
