@@ -204,6 +204,22 @@ def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> Non
     assert all(answer.pieces for answer in answers if answer.text)
 
 
+@pytest.mark.parametrize("asked", ["openai", "http", "grpc"])
+def test_a_stream_has_few_pieces_per_second_and_all_of_the_text(
+    server: TritonServer, url: str, local: LocalGenerator, asked: str
+) -> None:
+    stream = {"openai": _openai_stream, "http": _http_stream, "grpc": _grpc_stream}[asked]
+    tokens = 1000
+    [whole] = local.reply([DIALOG], Sampling(max_new_tokens=tokens, ignore_eos=True))
+    assert not isinstance(whole, DataError)
+    started = time.monotonic()
+    pieces = [piece for piece in stream(server, url, tokens) if piece]
+    seconds = time.monotonic() - started
+    assert "".join(pieces) == whole[0].text
+    assert len(pieces[0]) < len(whole[0].text) / 10, "the first piece is sent at once"
+    assert 2 < len(pieces) <= 2 + seconds / 0.03
+
+
 def test_the_demo_prints_answers_and_figures(url: str, local: LocalGenerator, tmp_path: Path) -> None:
     dialogs = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:5]]
     rows = tmp_path / "rows.jsonl"

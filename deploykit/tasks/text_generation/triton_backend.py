@@ -1,7 +1,8 @@
 """Serve a language model in Triton: requests join the running batch, and answers are sent whole or streamed.
 
 The names of inputs and outputs are those of Triton's vLLM backend. Pieces are sent from a separate thread: the pieces of a
-slow client become longer, and no other request waits for it.
+slow client become longer, and no other request waits for it. A piece costs Triton, the OpenAI port and the client about
+1 ms of CPU time (measured), which the engine lacks where they share its cores. So pieces have a rate limit.
 
 Source: Triton vLLM backend README; Triton Python backend README, "Decoupled mode".
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,6 +47,10 @@ from deploykit.text import MAX_TEXT_CHARS
 
 _CHECKS = 8
 """Requests that are checked for cancellation every 5 ms: all rows within a step or two."""
+_PIECES_PER_S = 125
+"""Most pieces per second of all streams together, within these limits of the time between two pieces of one stream."""
+_SHORTEST_GAP_S = 0.03
+_LONGEST_GAP_S = 0.1
 _WARM_UP_TOKENS = 4
 _NOTHING = (0, 0, False)
 _MOST_LEVELS = 64
@@ -137,7 +143,7 @@ class TextGenerationBackend:
         asked = _Asked(request)
         sampling = asked.sampling(generator.task)
         prompt = asked.prompt_ids(generator.tokenizer, generator.task)
-        client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread, trace)
+        client = _Client(request, sender, asked, generator.tokenizer, self._loop, trace)
 
         def join() -> None:
             query = client.query = generator.query(
@@ -275,12 +281,13 @@ class _Client:
         sender: Any,
         asked: _Asked,
         tokenizer: ChatTokenizer,
-        call: Callable[..., None],
+        loop: DecodeLoop[LocalGenerator],
         trace: RequestTrace,
     ) -> None:
         self.trace = trace
-        self._request, self._sender, self._asked, self._tokenizer, self._call = request, sender, asked, tokenizer, call
+        self._request, self._sender, self._asked, self._tokenizer, self._loop = request, sender, asked, tokenizer, loop
         self._told = False  # whether a call of ``_send_piece`` is on its way
+        self._next_piece = 0.0  # the earliest time of the next one
         self._sent: dict[int, tuple[int, int, bool]] = {}  # by answer: characters, tokens, and whether its end was sent
         self._ended = False
 
@@ -288,10 +295,10 @@ class _Client:
         return bool(self._request.is_cancelled())
 
     def tell(self, query: Query) -> None:
-        """Schedule sending the new text, if the answer is streamed."""
-        if self._asked.stream and not self._told:
+        """Schedule sending the new text, if the answer is streamed and the last piece was not sent just now."""
+        if self._asked.stream and not self._told and time.monotonic() >= self._next_piece:
             self._told = True
-            self._call(self._send_piece)
+            self._loop.call_in_client_thread(self._send_piece)
 
     def answer(self) -> None:
         if (error := self.query.error) is not None:
@@ -307,8 +314,12 @@ class _Client:
         send_failure(self._sender, error)
 
     def _send_piece(self) -> None:
+        has_new = not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers()))
+        if has_new:
+            gap = len(self._loop.model.decoder.running) / _PIECES_PER_S
+            self._next_piece = time.monotonic() + min(max(gap, _SHORTEST_GAP_S), _LONGEST_GAP_S)
         self._told = False
-        if not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers())):
+        if has_new:
             self._ended = self.query.done
             response = self._response()
             if self.query.error is None:  # ``answer`` sends it, and the answers have no end
