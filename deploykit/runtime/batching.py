@@ -3,12 +3,11 @@
 A text's padded length depends only on its own length (its bucket), never on the rest of the batch. The reason: fused
 kernels sum in an order that depends on the padded length, and in INT8 the last bit can move a value to the next step.
 With buckets, the same text gives the same bits in any batch. Few distinct lengths also limit the memory that engines
-spend on kernels compiled for each shape.
+spend on kernels compiled for each shape. An engine that does not compute padding needs no buckets: fewer runs hold all texts.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ DEFAULT_TOKEN_BUDGET = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch. ``rows`` are indices of the given texts; both arrays are int64 [rows, bucket length]."""
+    """A padded batch. ``rows`` are indices of the given texts; both arrays are int64 [rows, padded length]."""
 
     rows: NDArray[np.int64]
     input_ids: NDArray[np.int64]
@@ -44,25 +43,31 @@ def batches(
     max_length: int,
     token_budget: int = DEFAULT_TOKEN_BUDGET,
     pad_left: bool = False,
+    buckets: bool = True,
 ) -> Iterator[Batch]:
-    """Group texts by bucket, and split each group so that no batch holds more than ``token_budget`` tokens.
+    """Group texts so that no batch holds more than ``token_budget`` tokens.
 
-    Short texts come first. A single text may exceed the budget. ``max_length`` is the model's limit, which a bucket
-    must not exceed. Padding follows a text's tokens, or with ``pad_left`` stands before them. Raises DataError for a text
-    without tokens.
+    With ``buckets``, all texts of a batch have one bucket, and padding counts as tokens. Without, texts of all lengths share
+    batches, and padding does not count. Short texts come first. A single text may exceed the budget. ``max_length`` is the
+    model's limit, which a bucket must not exceed. Padding follows a text's tokens, or with ``pad_left`` stands before them.
+    Raises DataError for a text without tokens.
     """
-    by_bucket: dict[int, list[int]] = defaultdict(list)
-    for row, ids in enumerate(token_ids):
-        if not ids:
-            raise DataError(f"text {row + 1} has no token that the model reads", "leave it out")
-        by_bucket[min(bucket(len(ids)), max_length)].append(row)
-    for length, rows in sorted(by_bucket.items()):
-        start = 0
-        while start < len(rows):
-            size = min(len(rows) - start, max(1, token_budget // length))
-            some = rows[start : start + size]
-            yield _pad([token_ids[r] for r in some], some, length, pad_token_id, pad_left)
-            start += size
+    lengths = [len(ids) for ids in token_ids]
+    if 0 in lengths:
+        raise DataError(f"text {lengths.index(0) + 1} has no token that the model reads", "leave it out")
+    if buckets:
+        lengths = [min(bucket(length), max_length) for length in lengths]
+    some: list[int] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[row]
+        if some and (tokens + length > token_budget or (buckets and length > lengths[some[0]])):
+            yield _pad(token_ids, some, lengths[some[-1]], pad_token_id, pad_left)
+            some, tokens = [], 0
+        some.append(row)
+        tokens += length
+    if some:
+        yield _pad(token_ids, some, lengths[some[-1]], pad_token_id, pad_left)
 
 
 def padded_types(
@@ -89,8 +94,8 @@ def _pad(
 ) -> Batch:
     input_ids = np.full((len(rows), length), pad_token_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
-    for i, ids in enumerate(token_ids):
-        place = _place(len(ids), length, pad_left)
-        input_ids[i, place] = ids
+    for i, row in enumerate(rows):
+        place = _place(len(token_ids[row]), length, pad_left)
+        input_ids[i, place] = token_ids[row]
         attention_mask[i, place] = 1
     return Batch(np.asarray(rows, np.int64), input_ids, attention_mask)

@@ -22,6 +22,7 @@ _INT8_OPS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", 
 
 class OnnxRuntimeEngine:
     token_budget = DEFAULT_TOKEN_BUDGET
+    computes_padding = True
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._graph = graph

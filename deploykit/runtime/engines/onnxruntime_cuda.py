@@ -23,6 +23,7 @@ PROVIDER = "CUDAExecutionProvider"
 
 class OnnxRuntimeCudaEngine:
     token_budget = 1 << 16  # small batches leave a GPU idle
+    computes_padding = True
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         fell_back = EngineError(

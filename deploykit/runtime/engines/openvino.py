@@ -22,6 +22,7 @@ _MATRIX_LAYERS = ("FullyConnected", "MatMul", "FullyConnectedQuantized")
 
 class OpenVinoEngine:
     token_budget = DEFAULT_TOKEN_BUDGET
+    computes_padding = True
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         properties = {

@@ -20,10 +20,12 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 class Engine(Protocol):
     """A loaded graph, ready to run. Not thread-safe: one caller at a time.
 
-    ``token_budget`` is the batch size, in rows x padded length, at which the engine is fastest.
+    ``token_budget`` is the batch size, in tokens, at which the engine is fastest. ``computes_padding``: padding counts as tokens,
+    and a text's result may depend, in the last bit, on its padded length.
     """
 
     token_budget: int
+    computes_padding: bool
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         """Load ``graph``, to run on ``threads`` CPU threads or on GPU ``device``, whichever the engine uses.

@@ -16,6 +16,8 @@ from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine,
 class TensorRtEngine:
     """An encoder on TensorRT. ``graph`` is an engine with its record next to it; ``threads`` is ignored."""
 
+    computes_padding = True
+
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._loaded = loaded = LoadedEngine(graph, device)
         self._profiles = loaded.profiles(dict.fromkeys(loaded.inputs, ("rows", "length")))

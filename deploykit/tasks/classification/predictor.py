@@ -48,7 +48,7 @@ class Classifier:
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         for batch in batches(
             encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget,
-            pad_left=self.task.pad_left,
+            pad_left=self.task.pad_left, buckets=self._engine.computes_padding,
         ):  # fmt: skip
             with stage("encode"):
                 logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
@@ -66,7 +66,7 @@ def finite(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[str, NDArray[np.int64]]:
-    """Return the graph's inputs of a batch of ``encoded``, int64 [rows, bucket length] each, by name."""
+    """Return the graph's inputs of a batch of ``encoded``, int64 [rows, padded length] each, by name."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if task.token_types:
         inputs["token_type_ids"] = padded_types(batch.input_ids, encoded.types, batch.rows, pad_left=task.pad_left)
@@ -76,7 +76,7 @@ def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[s
 def load_classifier(folder: Path, task: Classification, engine: Engine, *, token_budget: int = 0) -> Classifier:
     """Assemble a classifier from a folder with a tokenizer.json and an engine already loaded.
 
-    ``token_budget`` limits rows x padded length of one run of the engine; 0 is the engine's own default.
+    ``token_budget`` limits the tokens of one run of the engine (padding counts if the engine computes it); 0 is the engine's own default.
     """
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
     return Classifier(task, tokenizer, engine, token_budget=token_budget)

@@ -49,11 +49,20 @@ class _PendingQuestion:
 class Answerer:
     """The tokenizer and model of one answerer. Not for concurrent calls."""
 
-    def __init__(self, task: QuestionAnswering, tokenizer: PairTokenizer, read: Reader, token_budget: int) -> None:
+    def __init__(
+        self,
+        task: QuestionAnswering,
+        tokenizer: PairTokenizer,
+        read: Reader,
+        token_budget: int,
+        *,
+        buckets: bool = True,
+    ) -> None:
         self.task = task
         self.tokenizer = tokenizer
         self._read = read
         self._token_budget = token_budget
+        self._buckets = buckets
 
     def with_threshold(self, threshold: float) -> Answerer:
         """Return an answerer with the same model and another threshold for no answer (log-odds)."""
@@ -166,8 +175,9 @@ class Answerer:
         length]."""
         task = self.task
         for batch in batches(
-            [w.ids for w in windows], task.pad_token_id, max_length=task.max_length, token_budget=self._token_budget
-        ):
+            [w.ids for w in windows], task.pad_token_id, max_length=task.max_length, token_budget=self._token_budget,
+            buckets=self._buckets,
+        ):  # fmt: skip
             with stage("encode"):
                 start, end = self._read(with_types(task, batch.input_ids, batch.attention_mask, windows, batch.rows))
             yield batch.rows, start, end
@@ -199,7 +209,7 @@ def context_problem(context: str) -> DataError | None:
 def load_answerer(folder: Path, task: QuestionAnswering, engine: Engine, *, token_budget: int = 0) -> Answerer:
     """Create an answerer from a folder with a tokenizer.json and a loaded engine.
 
-    ``token_budget`` limits windows x padded length of one run of the engine; 0 is the engine's own default.
+    ``token_budget`` limits the tokens of one run of the engine (padding counts if the engine computes it); 0 is the engine's own default.
     """
 
     def read(inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:
@@ -207,7 +217,7 @@ def load_answerer(folder: Path, task: QuestionAnswering, engine: Engine, *, toke
         return start, end
 
     tokenizer = PairTokenizer.load(folder / "tokenizer.json", task)
-    return Answerer(task, tokenizer, read, token_budget or engine.token_budget)
+    return Answerer(task, tokenizer, read, token_budget or engine.token_budget, buckets=engine.computes_padding)
 
 
 class TextAnswerer(Protocol):

@@ -47,6 +47,22 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
     assert sorted(rows) == list(range(len(lengths)))
 
 
+@given(st.lists(st.integers(1, 300), max_size=200), st.integers(16, 4096))
+def test_texts_of_all_lengths_share_batches_without_buckets(lengths: list[int], budget: int) -> None:
+    rows: list[int] = []
+    tokens: list[int] = []
+    for batch in batches([[7] * n for n in lengths], 0, max_length=300, token_budget=budget, buckets=False):
+        own = [lengths[r] for r in batch.rows]
+        assert batch.attention_mask.sum(axis=1).tolist() == own
+        assert (batch.input_ids == 7 * batch.attention_mask).all()
+        assert batch.input_ids.shape[1] == max(own)
+        assert sum(own) <= budget or len(own) == 1
+        assert not tokens or tokens[-1] + own[0] > budget, "no batch is closed early"
+        rows += batch.rows.tolist()
+        tokens.append(sum(own))
+    assert sorted(rows) == list(range(len(lengths)))
+
+
 @given(st.integers(1, 600), st.lists(st.integers(1, 600), max_size=40))
 def test_a_texts_padded_length_does_not_depend_on_its_batch_mates(length: int, others: list[int]) -> None:
     def padded(lengths: list[int]) -> int:

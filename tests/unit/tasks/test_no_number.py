@@ -49,6 +49,7 @@ class Overflowing:
     """An encoder whose logits are ``value`` for texts with the token 3."""
 
     token_budget = 64
+    computes_padding = True
 
     def __init__(self, value: float) -> None:
         self._value = value

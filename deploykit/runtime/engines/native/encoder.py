@@ -32,6 +32,8 @@ class NativeEngine:
     0 at padding.
     """
 
+    computes_padding = False
+
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._library = _library()
         self._weights = EncoderWeights(graph)
