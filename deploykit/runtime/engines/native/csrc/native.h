@@ -166,7 +166,8 @@ struct Context {
     pthread_t *thread;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    atomic_int generation, arrived, phase, working;
+    atomic_int generation, arrived, phase, working, sleeping;
+    int waker; /* CPU of the thread that woke others last */
     Work work;
     /* scratch, by rows */
     int capacity, positions, best_rows;
