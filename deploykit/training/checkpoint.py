@@ -64,6 +64,11 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
             "set split_special_tokens to false in tokenizer_config.json",
         )
     if fast:
+        if dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+            raise ArtifactError(
+                f"{model}: its tokenizer splits the same text at random (dropout {dropout:.3g}), so its answers change from call to call",
+                'set "dropout" to null in tokenizer.json',
+            )
         _restore(tokenizer, Path(model) / "tokenizer.json")
     return tokenizer
 

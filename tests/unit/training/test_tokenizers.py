@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from tiny_answerer import write_checkpoint
-from tokenizers import Tokenizer, normalizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers.convert_slow_tokenizer import import_protobuf
 
+from deploykit.errors import ArtifactError
 from deploykit.training.checkpoint import load_tokenizer
 
 
@@ -66,3 +67,13 @@ def test_remberts_unknown_token_is_that_of_the_file(tmp_path: Path) -> None:
     folder = _named(write_checkpoint(tmp_path / "model", "albert"), "RemBertTokenizer")
     saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert load_tokenizer(str(folder))("\u2603").input_ids == saved.encode("\u2603").ids
+
+
+def test_a_tokenizer_that_splits_at_random_is_refused(tmp_path: Path) -> None:
+    """BPE-dropout: tokenizers drops merges also outside training."""
+    folder = write_checkpoint(tmp_path / "model", "bert")
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.model = models.BPE({"[UNK]": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="[UNK]", dropout=0.5)
+    saved.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ArtifactError, match=r"splits the same text at random \(dropout 0.5\)"):
+        load_tokenizer(str(folder))
