@@ -18,11 +18,12 @@ from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError, first_line
 from deploykit.runtime.batching import batches
 from deploykit.runtime.tokenizer import Encoded, shortened
-from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
 from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
 from deploykit.tasks.classification.predictor import finite, graph_inputs
 from deploykit.tasks.protocol import TaskFacts
+from deploykit.text import normalize
 from deploykit.training.checkpoint import (
     check_vocabulary,
     load_model,
@@ -59,10 +60,16 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
             f"{path}: the problem_type {config.problem_type!r} in its config.json is unknown",
             f"correct it: {', '.join(_PROBLEM_TYPES)}",
         )
-    if not labels or len(set(labels)) < len(labels):
+    if not labels or not all(labels) or len(set(labels)) < len(labels):
         raise ArtifactError(
             f"{path}: id2label in its config.json does not name each output once: {config.id2label}",
             "give each output, from 0 on, a name of its own",
+        )
+    multi_label = config.problem_type == "multi_label_classification"
+    if multi_label and (piped := next((label for label in labels if LABEL_SEPARATOR in label), None)):
+        raise ArtifactError(
+            f"{path}: id2label in its config.json has the label {piped!r}, and {LABEL_SEPARATOR!r} separates labels",
+            "rename the label",
         )
     pair = len(text_columns) == 2
     if pair:
@@ -77,7 +84,7 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
         labels=labels,
         max_length=max_length,
         pad_token_id=pad_token_id_of(tokenizer, config),
-        multi_label=config.problem_type == "multi_label_classification",
+        multi_label=multi_label,
         regression=regression,
         text_columns=tuple(text_columns) if pair else ("text",),
         pair=pair,
@@ -85,9 +92,9 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
 
 
 def labels_of(config: Any) -> tuple[str, ...]:
-    """Return the names of a head's outputs, in their order; () if an output has no name."""
+    """Return the names of a head's outputs, in their order, normalized as the labels of rows are; () if an output has no name."""
     names = [config.id2label.get(i) for i in range(config.num_labels)]
-    return () if None in names else tuple(map(str, names))
+    return () if None in names else tuple(normalize(str(name)) for name in names)
 
 
 def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:

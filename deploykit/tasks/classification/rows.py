@@ -259,7 +259,7 @@ def _label(record: Record, column: str) -> tuple[str, ...] | None:
     value = record.values.get(column)
     cells = value if isinstance(value, list) else _written_list(value) or ()
     # In text, numbers in brackets may also be one label: an interval.
-    if value is cells or any(isinstance(c, str) for c in cells) or (len(cells) > 1 and {0, 1}.issuperset(cells)):
+    if value is cells or any(isinstance(c, str) for c in cells) or (len(cells) > 1 and all(c in (0, 1) for c in cells)):
         raise DataError(f"{record.origin}: column {column!r} holds a list of labels", "give --multi-label")
     label = normalize(scalar(value) or "")
     return (label,) if label else None

@@ -236,6 +236,12 @@ def test_a_pointer_of_git_lfs_is_named(bert: Path, rewrite: Rewrite, name: str) 
     [
         ({"id2label": {"0": "a", "2": "b"}}, "id2label in its config.json does not name each output once"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label in its config.json does not name each output once"),
+        ({"id2label": {"0": " ", "1": "a"}}, "id2label in its config.json does not name each output once"),
+        ({"id2label": {"0": "a ", "1": "a"}}, "id2label in its config.json does not name each output once"),
+        (
+            {"id2label": {"0": "a|b", "1": "a"}, "problem_type": "multi_label_classification"},
+            "has the label 'a|b', and '|' separates labels",
+        ),
         ({"problem_type": "token_classification"}, "problem_type 'token_classification' in its config.json is unknown"),
     ],
 )
@@ -247,6 +253,14 @@ def test_a_config_that_does_not_say_what_the_head_answers_is_refused(
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
     with pytest.raises(ArtifactError, match=re.escape(message)):
         TorchClassifier.load(folder)
+
+
+def test_labels_of_a_config_are_normalized_as_those_of_rows_are(bert: Path, rewrite: Rewrite) -> None:
+    """Otherwise no row could have the label."""
+    folder = rewrite(bert, dict)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "bad ", "1": "caf\u0065\u0301"}}))
+    assert TorchClassifier.load(folder).task.labels == ("bad", "caf\u00e9")
 
 
 def test_an_unknown_model_type_is_refused_by_every_task(bert: Path, rewrite: Rewrite) -> None:

@@ -50,3 +50,9 @@ def test_decimal_commas_of_a_column_of_numbers(tmp_path, caplog, numbers, read):
         rows, _ = load_examples(str(tmp_path / "a.csv"), known=None)
     assert [row.label for row in rows] == read
     assert ("decimal points" in caplog.text) == (numbers != read)
+
+
+def test_a_label_of_nested_lists_is_one_label(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "label": "[[1, 2], [3]]"}\n')
+    rows, _ = load_examples(str(tmp_path / "a.jsonl"))
+    assert rows[0].label == "[[1, 2], [3]]"
