@@ -21,14 +21,15 @@ Rows = Callable[[], Iterable[Mapping[str, object]]]
 def write_table(answers: Path, rows: Rows, out: Path, columns: Sequence[str]) -> None:
     """Write the answers of a file of JSON lines to the table ``out``, each next to the columns of its row.
 
-    An answer column whose name the rows already have is called "predicted_NAME". Values other than text and numbers,
-    such as the scores of all labels, are written as JSON. ``rows`` returns the rows, one for each line, each time it is
+    An answer column whose name the rows already have is called "predicted_NAME", and "predicted_predicted_NAME" if they have
+    that too: rows may be the answers of an earlier run. Lists and objects, such as the scores of all labels, are written as
+    JSON. ``rows`` returns the rows, one for each line, each time it is
     called. ``columns`` are those that every answer has; the table has them even if every row failed.
     """
     own = list(dict.fromkeys(name for row in rows() for name in row))
     written = (name for record in _read(answers) for name in record if name not in ("origin", "text"))
     found = list(dict.fromkeys((*columns, *written)))
-    names = {name: f"predicted_{name}" if name in own else name for name in sorted(found, key=lambda n: n == "error")}
+    names = {name: _free(name, own) for name in sorted(found, key=lambda n: n == "error")}
 
     def table() -> Iterator[list[object]]:
         for row, record in zip(rows(), _read(answers), strict=True):
@@ -52,22 +53,31 @@ def _read(answers: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
+def _free(name: str, taken: Sequence[str]) -> str:
+    while name in taken:
+        name = f"predicted_{name}"
+    return name
+
+
 def _cell(value: object) -> object:
     """Return a value that every kind of table can store."""
     if value is None or isinstance(value, (int, float)):
         return value
-    return without_surrogates(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    nested = isinstance(value, (list, dict))
+    return without_surrogates(json.dumps(value, ensure_ascii=False, default=str) if nested else str(value))
 
 
 def _write_parquet(header: Sequence[str], rows: Iterator[list[object]], path: Path) -> None:
-    """Write numeric columns as numbers, and other columns as text."""
+    """Write numeric columns as numbers, and other columns as text, as those with numbers that Parquet's types cannot hold."""
     pyarrow, parquet = import_data_package("pyarrow"), import_data_package("pyarrow.parquet")
     columns: list[list[object]] = [list(column) for column in zip(*rows)] or [[] for _ in header]
     arrays = []
     for column in columns:
         kinds = {type(cell) for cell in column if cell is not None}
-        if kinds <= {int} or kinds <= {int, float} or kinds <= {bool}:
-            arrays.append(pyarrow.array(column))
-        else:
-            arrays.append(pyarrow.array([None if cell is None else str(cell) for cell in column], pyarrow.string()))
+        text = [None if cell is None else str(cell) for cell in column]
+        try:
+            numeric = kinds <= {int, float} or kinds <= {bool}
+            arrays.append(pyarrow.array(column) if numeric else pyarrow.array(text, pyarrow.string()))
+        except (OverflowError, pyarrow.ArrowInvalid):
+            arrays.append(pyarrow.array(text, pyarrow.string()))
     parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(header)), path)

@@ -1,5 +1,7 @@
 import csv
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,35 @@ def test_a_table_whose_rows_all_failed_has_the_columns_of_answers(tmp_path):
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert (row["label"], row["score"], row["error"]) == ("", "", "the text is empty")
+
+
+def table_of(folder: Path, row: dict[str, object], name: str) -> dict[str, object]:
+    """Write the first answer next to ``row``, and return what the table has."""
+    (folder / ".partial").write_text(json.dumps(ANSWERS[0]) + "\n")
+    write_table(folder / ".partial", lambda: iter([row]), folder / name, ("label", "score"))
+    if name.endswith(".parquet"):
+        return pytest.importorskip("pyarrow.parquet").read_table(folder / name).to_pylist()[0]
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        header, cells = csv.reader(file)
+    assert len(set(header)) == len(header)
+    return dict(zip(header, cells))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_the_answers_of_an_earlier_run_keep_their_columns(tmp_path, name):
+    found = table_of(tmp_path, {"text": "a", "label": "true", "predicted_label": "earlier"}, name)
+    assert (found["label"], found["predicted_label"], found["predicted_predicted_label"]) == ("true", "earlier", "pos")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_dates_and_decimals_have_no_quotes(tmp_path, name):
+    found = table_of(tmp_path, {"day": datetime.date(2026, 1, 2), "price": Decimal("1.50")}, name)
+    assert (found["day"], found["price"]) == ("2026-01-02", "1.50")
+
+
+@pytest.mark.parametrize("number", [2**63, 2**60 + 1])
+def test_a_number_that_parquet_cannot_hold_is_written_as_text(tmp_path, number):
+    (tmp_path / ".partial").write_text((json.dumps(ANSWERS[0]) + "\n") * 2)
+    write_table(tmp_path / ".partial", lambda: iter([{"n": number}, {"n": 1.5}]), tmp_path / "a.parquet", ("label",))
+    rows = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "a.parquet").to_pylist()
+    assert [row["n"] for row in rows] == [str(number), "1.5"]
