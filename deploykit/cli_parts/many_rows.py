@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ def answer_all(
     from deploykit.data.answer_folder import answer_folder, is_folder
     from deploykit.tasks.opening import identity_of
 
+    if os.path.exists(source) and "://" not in output and Path(output).resolve().is_relative_to(Path(source).resolve()):
+        raise UsageError(f"--output {output}: is what --input reads, or is in its folder", "name another --output")
     digest = identity_of(target, predictor)
     with _spread_over(ray, target, where, digest) as spread, progress_bar(rows) as progress:
         one = functools.partial(

@@ -51,6 +51,19 @@ def test_a_table_of_answers_keeps_each_in_its_row(deploykit: Deploykit, tiny_exp
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("output", ["rows.jsonl", ".", "answers"])
+def test_answers_are_not_written_over_their_rows(
+    deploykit: Deploykit, tiny_export: Path, rows: Path, tmp_path: Path, output: str
+) -> None:
+    """A second run would read answers in the folder of the rows as rows."""
+    before = rows.read_text()
+    source = rows if output == rows.name else tmp_path
+    code, _, err = deploykit("predict", tiny_export, "--input", source, "--output", tmp_path / output, "--force")
+    assert (code, rows.read_text()) == (2, before)
+    assert "is what --input reads" in err
+    assert [path.name for path in tmp_path.iterdir()] == [rows.name]
+
+
 def test_stop_fails_before_any_work_and_skip_goes_on(deploykit: Deploykit, tiny_export: Path, rows: Path) -> None:
     out = rows.with_name("out.jsonl")
     words = ("predict", tiny_export, "--input", rows, "--output", out)
