@@ -238,9 +238,16 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
     """Check a stage's destination before the work starts.
 
     Returns the manifest if the same inputs already made ``out``; None if there is work to do. Raises ArtifactError if
-    ``out`` has other content and ``force`` is not set.
+    ``out`` has other content and ``force`` is not set, or content that no stage wrote, which ``force`` does not replace:
+    it may be a checkpoint of someone else, the rows, or, of an empty --output-dir, the working directory.
     """
-    if force or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{out}: already exists, and no deploykit stage wrote it", "choose another --output-dir, or remove it"
+        )
+    if force:
         return None
     try:
         manifest = load_manifest(out)

@@ -49,7 +49,7 @@ def finetune(
         task: One of the names that ``deploykit finetune --help`` lists. Default: the first of them.
         validation: Rows for choosing the best step. Default: split off ``train``.
         test: Rows for measuring the result. Default: split off ``train``.
-        force: Replace existing content of ``output_dir``.
+        force: Replace what an earlier run wrote to ``output_dir``.
         restart: Start over instead of continuing a killed run.
         folds: Also cross-validate: train that many times, each time on all folds except one. The result has ``folds``.
         learning_curve: Also train on 10 to 75 % of the rows. The result has ``learning_curve``.
@@ -98,7 +98,7 @@ def export(
     Args:
         checkpoint: Folder of a checkpoint, from ``finetune`` or elsewhere.
         output_dir: Folder to write the export to.
-        force: Replace existing content of ``output_dir``.
+        force: Replace what an earlier run wrote to ``output_dir``.
         progress: Called with each message, a line.
         **options: Fields of ``ExportOptions``, the options of ``deploykit export``: ``int8=True``, ``max_drop=1.0``,
             ``calibration_data="rows.csv"``, ``trt=EngineOptions(gpu="sm_86")``.

@@ -149,12 +149,15 @@ def test_a_checkpoint_in_place_of_an_export_is_refused(deploykit: Deploykit, che
     assert not (tmp_path / "r" / "x" / "1").exists()
 
 
-def test_existing_output_is_kept_without_force(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_folder_that_no_stage_wrote_is_kept(
+    deploykit: Deploykit, checkpoint: Path, tmp_path: Path, force: tuple[str, ...]
+) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "notes.txt").write_text("mine")
-    code, _, err = deploykit("export", checkpoint, "--output-dir", tmp_path / "o")
+    code, _, err = deploykit("export", checkpoint, "--output-dir", tmp_path / "o", *force)
     assert code == 1
-    assert "--force" in err
+    assert "no deploykit stage wrote it" in err
     assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
 
 

@@ -146,10 +146,19 @@ def test_equal_inputs_are_reused_and_others_refused(tmp_path: Path) -> None:
     assert artifacts.existing(tmp_path / "a", "export", "i", force=True) is None
     with pytest.raises(ArtifactError, match="--force"):
         artifacts.existing(tmp_path / "a", "export", "other", force=False)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("out", ["theirs", "theirs/notes.txt", ""])
+def test_what_no_stage_wrote_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, force: bool
+) -> None:
+    """An empty path is the working directory: --force removed it, with all that was in it."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="--force"):
-        artifacts.existing(tmp_path / "theirs", "export", "i", force=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="no deploykit stage wrote it"):
+        artifacts.existing(Path(out), "export", "i", force=force)
 
 
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> None:
