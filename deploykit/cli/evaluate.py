@@ -10,6 +10,7 @@ from deploykit.cli_parts.asked_texts import failed_rows
 from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar, say
 from deploykit.cli_parts.shared_options import (
     FORCE,
+    check_page,
     column_options,
     columns_for,
     generation_options,
@@ -79,6 +80,7 @@ def command(
         raise UsageError(
             "--slice, --against, --seen and --swaps are for a report", "add --report FILE.html, or leave them out"
         )
+    check_page("--report", report)
     if report is not None:
         if report.exists() and not force:
             raise UsageError(f"{report}: already exists", "choose another --report, or pass --force to replace it")

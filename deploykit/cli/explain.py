@@ -10,7 +10,14 @@ import click
 from deploykit.attribution.words import Unit
 from deploykit.cli_parts.asked_texts import failed_rows
 from deploykit.cli_parts.command import Result, deploykit_command, option, progress_bar
-from deploykit.cli_parts.shared_options import FORCE, column_options, columns_for, model_options, reading_options
+from deploykit.cli_parts.shared_options import (
+    FORCE,
+    check_page,
+    column_options,
+    columns_for,
+    model_options,
+    reading_options,
+)
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
 
@@ -71,6 +78,7 @@ def command(
         raise UsageError(f"there are {len(texts)} texts and {len(pairs)} of --text-pair", "give as many of each")
     if context is not None and (source or pairs):
         raise UsageError("--context is for questions among the arguments", "leave it out")
+    check_page("--output", output)
     if output is not None and output.exists() and not force:
         raise UsageError(f"{output}: already exists", "choose another --output, or pass --force to replace it")
 

@@ -276,3 +276,9 @@ def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str,
         if value not in (None, ()):
             raise UsageError(f"{flag(name)} does not apply to a model that {task.does}", "leave it out")
     return fit_multiple(task.options(), {name: value for name, value in columns.items() if name in task.columns})
+
+
+def check_page(name: str, page: Path | None) -> None:
+    """Raise UsageError for an HTML page without the suffix of one: it may be a file of rows, which the page would replace."""
+    if page is not None and page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{name} {page}: an HTML page is written", "give a name that ends in .html")

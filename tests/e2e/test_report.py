@@ -46,6 +46,7 @@ def test_a_report_shows_what_lies_behind_the_metrics(
     assert page.read_text(encoding="utf-8").count("<svg") == 3
     for given, says in (
         ((*words,), "already exists"),
+        (("evaluate", checkpoint, "--data", data, "--report", data, "--force"), "an HTML page is written"),
         (("evaluate", checkpoint, "--data", data, "--slice", "airline"), "are for a report"),
         ((*words[:-4], "--force", "--slice", "airport"), "has no column 'airport'"),
     ):

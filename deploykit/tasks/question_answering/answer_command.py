@@ -10,7 +10,7 @@ import click
 from deploykit.cli_parts.asked_texts import answered_record, failed_rows, failed_texts
 from deploykit.cli_parts.command import Result, deploykit_command, progress_bar
 from deploykit.cli_parts.many_rows import OUTPUT, RAY, answer_all, refuse_ray
-from deploykit.cli_parts.shared_options import FORCE, model_options, reading_options
+from deploykit.cli_parts.shared_options import FORCE, check_page, model_options, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -54,6 +54,7 @@ def command(
         )
     if bool(source) != bool(output or page):
         raise UsageError("--input and --output (or --page) go together", "name both")
+    check_page("--page", page)
     if output is None:
         refuse_ray(ray)
     elif no_answer_threshold is not None and ray is not None:
