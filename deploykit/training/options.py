@@ -149,6 +149,7 @@ class FinetuneOptions(Reading):
         "lora_r": (0, 4096),
         "lora_alpha": (1, 65536),
         "max_grad_norm": (0, 1e9),
+        "seed": (0, 2**31 - 1),  # numpy takes twice as many; a search adds to it
     }
 
     @property

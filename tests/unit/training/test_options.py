@@ -136,3 +136,9 @@ def test_a_toml_file_gives_the_same_options_back(given: dict[str, Any], tmp_path
     if "text_column" in read:
         read["text_column"] = tuple(read["text_column"])
     assert make_options(read) == options
+
+
+@pytest.mark.parametrize("seed", [-5, 2**70])
+def test_a_seed_that_numpy_does_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match=f"--seed is {seed}"):
+        make_options({**PAIR, "model": "m", "seed": seed}).check()
