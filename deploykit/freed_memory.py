@@ -1,4 +1,4 @@
-"""Keep freed memory in this process."""
+"""Keep freed memory in this process, or return it to the system."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_memory() -> None:
+    """Return freed memory to the system, after work that allocated much more than it keeps."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

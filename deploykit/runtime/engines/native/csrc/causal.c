@@ -13,8 +13,11 @@ typedef struct Causal {
     const CausalModel *model;
     const CausalBatch *batch;
     int capacity, room;            /* rows, and positions of scores */
-    float *x, *y, *packed, *attended, *middle;
-    Given given;                   /* rows of the batch */
+    char *memory;                  /* of the following, for all rows of the batch */
+    float *x, *packed, *attended;
+    float *middle;                 /* over ``packed`` and ``attended``, which attention alone needs */
+    float *y;                      /* NULL if blocks add their output to ``x`` at once */
+    Given given;
     Given *own;                    /* [threads]: one for each thread, for the single row of a batch */
     float **normed, **scores;      /* [threads] */
 } Causal;
@@ -27,13 +30,27 @@ static int widest_of(const CausalModel *m) {
     return inner > widest ? inner : widest;
 }
 
-static int new_given(Given *g, int rows, int widest) {
+/* Take ``bytes`` of ``memory`` after those that are used. Returns NULL if there is none, to compute how much is needed. */
+static void *take(char *memory, int64_t *used, int64_t bytes) {
+    void *taken = memory ? memory + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static void lay_given(Given *g, char *memory, int64_t *used, int rows, int widest) {
     g->stride = (int64_t)widest * sizeof(float);
     g->apart = 2 * blocks_of(widest);
-    g->rows = room(g->rows, rows * g->stride);
-    g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
-    g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES));
-    return g->rows && g->steps && g->tiles;
+    g->rows = take(memory, used, rows * g->stride);
+    g->steps = take(memory, used, rows * g->apart * (int64_t)sizeof(float));
+    g->tiles = take(memory, used, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES));
+}
+
+/* Allocate memory for one row, which begins at ``g->rows``. */
+static int new_given(Given *g, int widest) {
+    int64_t bytes = 0, used = 0;
+    lay_given(g, NULL, &bytes, 1, widest);
+    lay_given(g, room(NULL, bytes), &used, 1, widest);
+    return g->rows != NULL;
 }
 
 /* Read a column of a matrix: a token's embedding. */
@@ -299,19 +316,38 @@ static void step_causal(Context *c, int number) {
         c->kernels->cap_values(b->logits + (int64_t)row * m->head.out, m->head.out, m->logit_cap);
 }
 
-/* Allocate memory for ``rows`` rows that attend to ``positions`` positions. Returns 0 if out of memory. */
+/* Return whether a block's output is normalized, or added later than computed. */
+static int keeps_outputs(const CausalModel *m) {
+    for (int i = 0; i < m->layers; i++)
+        if (m->layer[i].parallel || m->layer[i].after_attention.gamma || m->layer[i].after_feed_forward.gamma) return 1;
+    return 0;
+}
+
+/* Lay out ``l->memory`` for ``rows`` rows. Returns the number of bytes they need. */
+static int64_t lay_rows(Causal *l, int rows) {
+    const CausalModel *m = l->model;
+    int64_t size = sizeof(float) * (int64_t)rows, used = 0, middle;
+    l->x = take(l->memory, &used, size * wide(m->hidden));
+    l->y = keeps_outputs(m) ? take(l->memory, &used, size * wide(m->hidden)) : NULL;
+    middle = used;
+    l->packed = take(l->memory, &used, size * wide((m->heads + 2 * m->key_heads) * m->head_size));
+    l->attended = take(l->memory, &used, size * wide(m->heads * m->head_size));
+    l->middle = take(l->memory, &middle, size * inner_of(m));
+    if (middle > used) used = middle;
+    lay_given(&l->given, l->memory, &used, rows, widest_of(m));
+    return used;
+}
+
+/* Allocate memory for ``rows`` rows that attend to ``positions`` positions, that of the rows in one piece: the allocator keeps
+ * many smaller ones when they are freed. Returns 0 if out of memory. */
 static int make_room(Context *c, int rows, int positions) {
     Causal *l = c->causal;
-    const CausalModel *m = l->model;
-    int64_t size = sizeof(float) * (int64_t)rows;
     if (rows > l->capacity) {
         l->capacity = 0;
-        l->x = room(l->x, size * wide(m->hidden));
-        l->y = room(l->y, size * wide(m->hidden));
-        l->packed = room(l->packed, size * wide((m->heads + 2 * m->key_heads) * m->head_size));
-        l->attended = room(l->attended, size * wide(m->heads * m->head_size));
-        l->middle = room(l->middle, size * inner_of(m));
-        if (!(l->x && l->y && l->packed && l->attended && l->middle && new_given(&l->given, rows, widest_of(m)))) return 0;
+        give_up(l->memory);
+        l->memory = NULL;
+        if (!(l->memory = room(NULL, lay_rows(l, rows)))) return 0;
+        lay_rows(l, rows);
         l->capacity = rows;
     }
     if (positions > l->room) {
@@ -327,18 +363,10 @@ API void deploykit_free_causal(Context *c) {
     Causal *l = c->causal;
     for (int i = 0; i < c->threads && l->own && l->normed && l->scores; i++) {
         give_up(l->own[i].rows);
-        give_up(l->own[i].steps);
         give_up(l->normed[i]);
         give_up(l->scores[i]);
     }
-    give_up(l->x);
-    give_up(l->y);
-    give_up(l->packed);
-    give_up(l->attended);
-    give_up(l->middle);
-    give_up(l->given.rows);
-    give_up(l->given.steps);
-    give_up(l->given.tiles);
+    give_up(l->memory);
     free(l->own);
     free(l->normed);
     free(l->scores);
@@ -361,7 +389,7 @@ API Context *deploykit_new_causal(const CausalModel *model, int threads) {
     l->scores = calloc((size_t)c->threads, sizeof(float *));
     int there = l->own && l->normed && l->scores;
     for (int i = 0; there && i < c->threads; i++) {
-        there = new_given(&l->own[i], 1, widest_of(model));
+        there = new_given(&l->own[i], widest_of(model));
         there = (l->normed[i] = room(NULL, (int64_t)sizeof(float) * wide(model->hidden))) && there;
     }
     if (there) return c;
