@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -67,7 +69,7 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
                     _fail(refused.message, refused.remedy, refused.exit_code, as_json=as_json)
                 what = str(error).strip() or type(error).__name__
                 _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
-            click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+            _print(result if as_json else text, as_json=as_json)
             if any(code):
                 sys.exit(code[0])
 
@@ -93,6 +95,24 @@ def _short_thread_errors(short: bool) -> Iterator[None]:
         threading.excepthook = before
 
 
+def _print(shown: Any, *, as_json: bool) -> None:
+    """Print a text, or with ``as_json`` an object, to stdout. Characters that its encoding lacks are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    line = json.dumps(shown, ensure_ascii=False, allow_nan=False) if as_json else shown
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = json.dumps(shown) if as_json else shown.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        click.echo(line)
+    except OSError as error:
+        if refused := write_refusal(error, Path("stdout")):
+            # Python would write the rest of the buffer again when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(refused.message, refused.remedy, refused.exit_code, as_json=False)
+        raise
+
+
 def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
     from rich.console import Console
     from rich.text import Text
@@ -103,7 +123,7 @@ def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) ->
     if remedy:
         console.print(Text.assemble(("remedy: ", "bold"), remedy))
     if as_json:
-        click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
+        _print({"error": {"message": message, "remedy": remedy}}, as_json=True)
     sys.exit(exit_code)
 
 

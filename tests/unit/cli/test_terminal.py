@@ -1,13 +1,20 @@
-"""Errors are coloured on a terminal, and plain if piped or NO_COLOR is set."""
+"""What commands print: errors are coloured on a terminal only; any stdout gets its text, or an error says why not."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pty
 import subprocess
 import sys
+from typing import IO
+
+import pytest
+from click.testing import CliRunner
+
+from deploykit.cli import main
 
 RED = b"\x1b[1;31m"
 COMMAND = (sys.executable, "-m", "deploykit", "predict", "--model", "no/where", "hello")
@@ -46,3 +53,38 @@ def test_piped_output_is_plain_and_json_is_json() -> None:
     assert b"\x1b" not in done.stderr
     assert done.stderr.startswith(b"error: no/where: no such directory\nremedy: ")
     assert json.loads(done.stdout)["error"]["message"] == "no/where: no such directory"
+
+
+_PRINTS = """
+from deploykit.cli_parts.command import deploykit_command
+deploykit_command()(lambda: ({"text": "é🙂"}, "é🙂"))()
+"""
+
+
+def _printed(*options: str, stdout: int | IO[bytes] = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
+    """Run a command that prints é🙂, with an stdout in Latin-1."""
+    command = (sys.executable, "-c", _PRINTS, *options)
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False, env=environment)
+
+
+def test_characters_that_the_encoding_of_stdout_lacks_are_escaped() -> None:
+    assert _printed().stdout == b"\xe9\\U0001f642\n"
+    assert json.loads(_printed("--json").stdout.decode("ascii")) == {"text": "é🙂"}
+
+
+def test_a_full_disk_behind_stdout_is_an_error_without_a_traceback() -> None:
+    with open("/dev/full", "wb") as full:
+        done = _printed(stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: stdout: cannot be written: no space left on its disk\nremedy: ")
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_before_a_command_runs_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    done = CliRunner().invoke(main, ["inspect", "x"])
+    assert (done.exit_code, done.stderr) == (130, "error: interrupted\n")
