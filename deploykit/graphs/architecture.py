@@ -120,7 +120,8 @@ class Architecture:
         return self.projection.shape[0]
 
 
-_HEAD_MULTIPLE = 8
+HEAD_MULTIPLE = 8
+"""ONNX Runtime's attention takes heads of a multiple of this size."""
 
 
 def pad_heads(a: Architecture) -> Architecture:
@@ -128,7 +129,7 @@ def pad_heads(a: Architecture) -> Architecture:
 
     The result is the same: scores and values of the new dimensions are 0, and ``scale`` is unchanged.
     """
-    wide = -(-a.head_size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    wide = -(-a.head_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
     if wide == a.head_size:
         return a
 

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from deploykit.graphs.architecture import Linear, Norm
+from deploykit.graphs.architecture import HEAD_MULTIPLE, Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.causal_lm import Bits, CausalWriter
 from deploykit.graphs.onnxruntime_writer import CONTRIB, ORT_ACTIVATIONS
@@ -81,12 +81,12 @@ class _DecoderWriter(CausalWriter):
             if norm is not None:
                 y = self.norm(self.op("Reshape", y, self.integers(0, 0, -1, a.head_size)), norm)
                 y = self.op("Reshape", y, self.integers(0, 0, -1))
-            return y if rope is None else self._rotated(y, rope, count)
+            return self._widened(y if rope is None else self._rotated(y, rope, count), count)
 
         query = heads(part.query, "query", a.heads, layer.query_norm, layer.rope)
         key = heads(part.key, "key", a.key_heads, layer.key_norm, layer.rope)
         value = heads(part.value, "value", a.key_heads, None, None)
-        shape: list[int | str] = ["rows", a.key_heads, "positions", a.head_size]
+        shape: list[int | str] = ["rows", a.key_heads, "positions", a.head_size + self._missing]
         pasts = [self.input(f"past.{i}.{name}", TensorProto.FLOAT, shape) for name in ("key", "value")]
         presents = [f"present.{i}.{name}" for name in ("key", "value")]
         for name in presents:
@@ -105,7 +105,29 @@ class _DecoderWriter(CausalWriter):
                 num_heads=a.heads, kv_num_heads=a.key_heads, **attributes,
             )
         )  # fmt: skip
-        return self.linear(attended, part.out, f"layers.{i}.attention.out")
+        return self.linear(self._narrowed(attended), part.out, f"layers.{i}.attention.out")
+
+    @property
+    def _missing(self) -> int:
+        """The zeros that each head needs at its end: ONNX Runtime's attention takes heads of a multiple of 8."""
+        return -self.a.head_size % HEAD_MULTIPLE
+
+    def _widened(self, x: str, heads: int) -> str:
+        """Add zeros to each head of [rows, tokens, heads x head size]; scores and other channels stay the same."""
+        if not self._missing:
+            return x
+        parts = self.op("Reshape", x, self.integers(0, 0, heads, self.a.head_size))
+        padded = self.op("Pad", parts, self.integers(*[0] * 7, self._missing))
+        return self.op("Reshape", padded, self.integers(0, 0, -1))
+
+    def _narrowed(self, x: str) -> str:
+        """Drop what ``_widened`` has added."""
+        if not self._missing:
+            return x
+        a = self.a
+        parts = self.op("Reshape", x, self.integers(0, 0, a.heads, a.head_size + self._missing))
+        cut = self.op("Slice", parts, self.integers(0), self.integers(a.head_size), self.integers(3))
+        return self.op("Reshape", cut, self.integers(0, 0, -1))
 
     def _rotated(self, x: str, rope: Rope, heads: int) -> str:
         """Rotate the first channels of each head of [rows, tokens, heads x head size] by their positions.

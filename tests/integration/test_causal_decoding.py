@@ -97,6 +97,23 @@ def test_requests_that_join_and_leave_at_any_step_get_the_answers_they_get_alone
         assert [a.logprobs for a in alone.answers] == [a.logprobs for a in query.answers], "to the last bit"
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {"head_dim": 12}), ("gpt2", {"n_embd": 60}), ("gpt_neox", {"hidden_size": 80})]
+)
+def test_heads_whose_size_is_no_multiple_of_8_attend_as_in_transformers(
+    tmp_path: Path, family: str, settings: dict[str, int]
+) -> None:
+    model = random_model(family, **settings)
+    save_with_weights(build_causal_decoder(read_causal_architecture(model)), tmp_path / "model")
+    ours = load_language_model("onnxruntime", tmp_path / "model", 1, context=256)
+    tokens = prompt(40)
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    ours.begin()
+    found = [ours.feed(part, range(len(part))).copy() for part in (tokens[:30], tokens[30:])]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_prompts_are_read_in_one_pass_with_the_tokens_of_rows(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = generator(graph, max_rows=3)
     if not isinstance(ours.model, NativeCausalLm):

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}},
     "llama linear": {"num_key_value_heads": 4, "mlp_bias": True, "rope_parameters": {
         "rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama narrow heads": {"num_key_value_heads": 2, "head_dim": 12},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
     "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 32},
