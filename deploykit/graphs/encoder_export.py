@@ -58,6 +58,14 @@ class EncoderGrader(Grader[Raw]):
     def sample_outputs(self, engine: Engine) -> NDArray[np.float32]:
         """Return the outputs of an engine for some of the rows, as numbers that measure the distance of two forms."""
 
+    def lost_without_labels(self, engine: Engine) -> float:
+        """Return the points that an engine loses by ``label_free``. For graders that have it."""
+        raise NotImplementedError
+
+    def _without_labels(self, name: str, graph: Path) -> Callable[[], float] | None:
+        # The engine is loaded again: the table's lines would keep every engine in memory.
+        return (lambda: self.lost_without_labels(load_engine(name, graph))) if self.label_free else None
+
     def check_fp32(self, outputs: Raw, name: str) -> None:
         """Raise ExportError if the fp32 outputs of the form ``name`` differ from PyTorch's. The default checks nothing."""
 
@@ -74,17 +82,22 @@ class EncoderGrader(Grader[Raw]):
             )
         if precision == "fp32":
             self.check_fp32(outputs, f"{graph.name} on {name}")
-        return self.enter(precision, name, outputs, kernels)
+        return self.enter(precision, name, outputs, kernels, self._without_labels(name, graph))
 
     def grade_for_tensorrt(self, precision: str) -> Line:
         """Grade the graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
-        engine = load_engine("onnxruntime", self._directory / GRAPHS[precision])
-        return self.enter(f"trt {precision}", "onnxruntime", self.outputs(engine))
+        graph = self._directory / GRAPHS[precision]
+        outputs = self.outputs(load_engine("onnxruntime", graph))
+        without_labels = self._without_labels("onnxruntime", graph)
+        return self.enter(f"trt {precision}", "onnxruntime", outputs, without_labels=without_labels)
 
     def grade_engine(self, record: EngineRecord) -> Line:
         """Grade a TensorRT engine itself, on the GPU here."""
-        engine = load_engine("tensorrt", self._directory / record.file)
-        return self.enter(record.precision, "tensorrt", self.outputs(engine), record.int8_gemms)
+        graph = self._directory / record.file
+        outputs = self.outputs(load_engine("tensorrt", graph))
+        return self.enter(
+            record.precision, "tensorrt", outputs, record.int8_gemms, self._without_labels("tensorrt", graph)
+        )
 
     def sample(self, precision: Precision, name: str) -> NDArray[np.float32]:
         """Return ``sample_outputs`` of the graph in ``precision`` on the engine ``name``."""
@@ -211,10 +224,10 @@ def build_engines(
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         remedy = "leave this --precision out, try another --method"
         if precision in ("fp16", "int8"):
-            grader.refuse_loss(grader.grade_for_tensorrt(precision), graph.name, options.max_drop, remedy)
+            grader.refuse_loss(grader.grade_for_tensorrt(precision), graph.name, options.max_drop, remedy, say)
         calibration = artifacts.digest_of(ranges) if precision == "int8" else None
         record = build_engine(graph, precision, trt, limits, say, calibration, inputs=inputs)
         if runs_here(directory / record.file):
-            grader.refuse_loss(grader.grade_engine(record), record.file, options.max_drop, remedy)
+            grader.refuse_loss(grader.grade_engine(record), record.file, options.max_drop, remedy, say)
         built.append(record)
     return [dataclasses.asdict(record) for record in built]

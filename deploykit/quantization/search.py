@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import ExportError
 from deploykit.measurement_log import MeasurementLog
-from deploykit.quantization.grading import BROKEN, Grader, Line
+from deploykit.quantization.grading import BROKEN, Grader, Line, Loss
 from deploykit.quantization.tables import render
 
 SAMPLE = 64
@@ -22,11 +22,12 @@ _MOST_KEPT = 0.5  # largest share of parts in fp32: above it the model is hardly
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured trial: the number of parts in fp32, the points lost, and the metrics."""
+    """One measured trial: the number of parts in fp32, the points lost, the metrics, and the measure that found the points."""
 
     kept: int
     drop: float
     metrics: Mapping[str, float]
+    measure: str
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,21 @@ def hold_limit(
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
     if half of the parts in fp32 do not hold the limit.
     """
-    whole = write(())
-    if grader.drop(whole) > limit and improve(f"{name} loses {grader.drop(whole):.2f} points of {grader.judged}"):
-        whole = write(())
-    if (drop := grader.drop(whole)) <= limit:
+
+    def quantize_all() -> tuple[Line, Loss]:
+        line = write(())
+        lost = grader.loss(line, limit)
+        if lost.unresolved:
+            say(f"{name}: {lost.unresolved}")
+        return line, lost
+
+    whole, lost = quantize_all()
+    if lost.points > limit and improve(f"{name} loses {lost}"):
+        whole, lost = quantize_all()
+    if lost.points <= limit:
         return None
     table = grader.table
-    loss = f"{name} loses {drop:.2f} points of {grader.judged}"
+    loss = f"{name} loses {lost}"
     count = min(len(parts), most_samples)
     groups = [parts[len(parts) * i // count : len(parts) * (i + 1) // count] for i in range(count)]
     say(f"{loss}: measuring which of its {len(parts)} parts need {instead}")
@@ -93,17 +102,20 @@ def hold_limit(
         say(f"{i} of {count}: {name_of_group} alone in INT8 changes the outputs by {found:.2g}")
         sensitivity |= dict.fromkeys(group, found)
     order = sorted(parts, key=lambda part: -sensitivity[part])
-    trials = [Trial(0, drop, whole.judged)]
+    trials = [Trial(0, lost.points, whole.judged, lost.measure)]
     written: list[Sequence[str]] = []
 
     def measure(kept: Sequence[str]) -> dict[str, Any]:
         written.append(kept)
         line = write(kept)
-        return {"drop": grader.drop(line), "metrics": line.judged}
+        found = grader.loss(line, limit)
+        return {"drop": found.points, "metrics": line.judged, "measure": found.measure}
 
     def trial(kept: Sequence[str]) -> float:
-        trials.append(Trial(len(kept), **trace.measured(f"{name}: {len(kept)} kept", partial(measure, kept))))
-        say(f"with {len(kept)} of {len(order)} parts in {instead} it loses {trials[-1].drop:.2f} points")
+        trials.append(Trial(len(kept), **trace.measured(f"{name}: loss with {len(kept)} kept", partial(measure, kept))))
+        say(
+            f"with {len(kept)} of {len(order)} parts in {instead} it loses {trials[-1].drop:.2f} points of {trials[-1].measure}"
+        )
         return trials[-1].drop
 
     try:

@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from deploykit.tasks.text_generation.evaluate import EvaluationRows, ask, column
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.genai_config import write_genai_config
 from deploykit.tasks.text_generation.generator import LocalGenerator
-from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, scored
+from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, lost_by_divergence, scored
 from deploykit.tasks.text_generation.predictor import load_generator
 from deploykit.tasks.text_generation.quantized import quantize, quantized_forms, save_graphs, standard_graph
 from deploykit.tasks.text_generation.rows import Row, load_rows, role_problem
@@ -143,8 +144,9 @@ def _write_gguf(
             raise ExportError(
                 f"{path.name}: its tokenizer cuts {text!r} differently from the checkpoint's", "report it"
             )
-    line = grader.enter(kind, "gguf", list(scored(again, grader.rows, reference.supervised_logits(grader.rows))))
-    grader.refuse_loss(line, f"GGUF {kind}", options.max_drop, "leave this --gguf out")
+    raw = list(scored(again, grader.rows, reference.supervised_logits(grader.rows)))
+    line = grader.enter(kind, "gguf", raw, without_labels=partial(lost_by_divergence, raw))
+    grader.refuse_loss(line, f"GGUF {kind}", options.max_drop, "leave this --gguf out", say)
 
 
 def reopened_gguf(path: Path, model: Any) -> TorchGenerator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,19 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
+def lost_by_divergence(rows: Sequence[Scored]) -> float:
+    """Return the points of loss that a form is expected to lose on text that fp32 itself writes: its mean divergence."""
+    return 100 * float(np.concatenate([row.divergence for row in rows]).mean())
+
+
 class LanguageModelGrader(Grader[list[Scored]]):
     """Scores of right answers, token by token; ``agreement`` is of the likeliest tokens."""
 
     figures = ("loss", "perplexity", "token_accuracy")
     limited = ("loss",)
+    label_free = (
+        "KL divergence of the next token from fp32 (100 x its mean: the points lost if the rows were fp32's own)"
+    )
 
     def __init__(
         self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]
@@ -104,7 +113,9 @@ class LanguageModelGrader(Grader[list[Scored]]):
     def grade(self, precision: Precision, engine: str) -> Line:
         reference = None if precision == "fp32" else self._reference_logits()
         raw = list(scored(self._load(precision, engine), self.rows, reference))
-        return self.enter(precision, engine, raw, quantized_matrices(self._directory / _file(precision, engine)))
+        matrices = quantized_matrices(self._directory / _file(precision, engine))
+        without_labels = None if reference is None else partial(lost_by_divergence, raw)
+        return self.enter(precision, engine, raw, matrices, without_labels)
 
     def sample(self, precision: Precision, engine: str) -> NDArray[np.float32]:
         """Return log-probabilities of the right tokens of some rows, float32 [tokens]."""

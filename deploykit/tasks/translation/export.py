@@ -351,7 +351,7 @@ def _build_engines(
             write(precision)
         if precision == "fp16":
             remedy = "give --precision bf16, whose range is wider"
-            grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy)
+            grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy, say)
         *graphs, weights = (directory / file for file in TRANSLATOR_GRAPHS[precision])
         engines = [
             build_engine(
@@ -362,7 +362,7 @@ def _build_engines(
         ]  # fmt: skip
         if all(runs_here(directory / engine.file) for engine in engines):
             line, remedy = grader.grade_engines(precision, engines), "leave this --precision out"
-            grader.refuse_loss(line, f"the {precision} engines", options.max_drop, remedy)
+            grader.refuse_loss(line, f"the {precision} engines", options.max_drop, remedy, say)
         metrics["engines"] += map(dataclasses.asdict, engines)
 
 

@@ -108,7 +108,7 @@ def test_a_metric_that_is_no_number_loses_more_than_any_limit() -> None:
     line = grader.enter("int8", "engine", float("nan"))
     assert grader.drop(line) > 100
     with pytest.raises(ExportError, match="more than --max-drop 100"):
-        grader.refuse_loss(line, "INT8", 100, "nothing")
+        grader.refuse_loss(line, "INT8", 100, "nothing", print)
 
 
 def test_neighbours_are_sampled_together_if_there_are_many_parts(tmp_path: Path) -> None:
