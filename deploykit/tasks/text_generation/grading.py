@@ -78,9 +78,7 @@ class LanguageModelGrader(Grader[list[Scored]]):
 
     figures = ("loss", "perplexity", "token_accuracy")
     limited = ("loss",)
-    label_free = (
-        "KL divergence of the next token from fp32 (100 x its mean: the points lost if the rows were fp32's own)"
-    )
+    label_free = "KL divergence of the next token from fp32 (times 100)"
 
     def __init__(
         self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]
