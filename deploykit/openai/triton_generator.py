@@ -34,6 +34,7 @@ _CHANNEL = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
+_OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
 _FAILED = "the model failed on this request"
 """Beginnings of errors, which have no code in a stream."""
 _NOT_SENT = "Internal error from Core"
@@ -123,7 +124,9 @@ async def _request(asked: GenerationRequest) -> AsyncIterator[dict[str, Any]]:
     if asked.ids is not None:
         inputs.append(_input("input_ids", "INT64", np.array(asked.ids, np.int64)))
     inputs += [_input(name, "BOOL", np.array([value])) for name, value in flags.items()]
-    yield {"model_name": asked.model, "inputs": inputs}
+    wanted = [*_OUTPUTS, *(["logprobs"] if asked.logprobs else [])]
+    outputs = [triton.InferRequestedOutput(name) for name in wanted]
+    yield {"model_name": asked.model, "inputs": inputs, "outputs": outputs}
 
 
 def _input(name: str, datatype: str, values: NDArray[Any]) -> Any:
