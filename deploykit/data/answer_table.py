@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,13 +72,13 @@ def _write_parquet(header: Sequence[str], rows: Iterator[list[object]], path: Pa
     """Write numeric columns as numbers, and other columns as text, as those with numbers that Parquet's types cannot hold."""
     pyarrow, parquet = import_data_package("pyarrow"), import_data_package("pyarrow.parquet")
     columns: list[list[object]] = [list(column) for column in zip(*rows)] or [[] for _ in header]
-    arrays = []
-    for column in columns:
+
+    def array(column: Sequence[object]) -> Any:
         kinds = {type(cell) for cell in column if cell is not None}
-        text = [None if cell is None else str(cell) for cell in column]
-        try:
-            numeric = kinds <= {int, float} or kinds <= {bool}
-            arrays.append(pyarrow.array(column) if numeric else pyarrow.array(text, pyarrow.string()))
-        except (OverflowError, pyarrow.ArrowInvalid):
-            arrays.append(pyarrow.array(text, pyarrow.string()))
+        if kinds <= {int, float} or kinds <= {bool}:
+            with suppress(OverflowError, pyarrow.ArrowInvalid):
+                return pyarrow.array(column)
+        return pyarrow.array([None if cell is None else str(cell) for cell in column], pyarrow.string())
+
+    arrays = [array(column) for column in columns]
     parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(header)), path)

@@ -143,9 +143,13 @@ class Grader(ABC, Generic[Raw]):
 
     def drop(self, line: Line) -> float:
         """Return the points lost against the checkpoint, in the metric that loses most."""
+        return max(self._lost(line).values())
+
+    def _lost(self, line: Line) -> dict[str, float]:
+        """Return the points lost against the checkpoint in each limited metric."""
         reference = self.table[0].judged
-        drops = [points_of(name) * (reference[name] - value) for name, value in line.judged.items()]
-        return max(drop if math.isfinite(drop) else BROKEN for drop in drops)
+        drops = {name: points_of(name) * (reference[name] - value) for name, value in line.judged.items()}
+        return {name: drop if math.isfinite(drop) else BROKEN for name, drop in drops.items()}
 
     def loss(self, line: Line, limit: float) -> Loss:
         """Return the points that count against ``limit``.
@@ -153,7 +157,7 @@ class Grader(ABC, Generic[Raw]):
         The metric decides if its paired interval is within the limit, or if the loss is above the limit and beyond noise. If
         neither holds, the rows are too few, and ``label_free`` decides where the task has it.
         """
-        drop = self.drop(line)
+        lost, drop = self._lost(line), self.drop(line)
         measured = Loss(drop, self.judged)
         bounds = {
             name: sorted(-points_of(name) * bound for bound in line.differences[name]["interval"])
@@ -162,8 +166,6 @@ class Grader(ABC, Generic[Raw]):
         }
         if drop == BROKEN or len(bounds) < len(line.judged):
             return measured
-        reference = self.table[0].judged
-        lost = {name: points_of(name) * (reference[name] - line.judged[name]) for name in bounds}
         if any(lost[name] > limit and low > 0 for name, (low, _) in bounds.items()):
             return measured
         if all(high <= limit for _, high in bounds.values()):
@@ -182,11 +184,16 @@ class Grader(ABC, Generic[Raw]):
         points = points if math.isfinite(points) else BROKEN
         return Loss(points, self.label_free, f"{unresolved}. It is decided by {self.label_free}: {points:.2f} points")
 
-    def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str, say: Callable[[str], None]) -> None:
-        """Raise ExportError if ``name`` loses more than ``max_drop`` points."""
-        loss = self.loss(line, max_drop)
+    def judge(self, line: Line, name: str, limit: float, say: Callable[[str], None]) -> Loss:
+        """Return the ``loss`` of ``name``, and say why if the metric could not decide."""
+        loss = self.loss(line, limit)
         if loss.unresolved:
             say(f"{name}: {loss.unresolved}")
+        return loss
+
+    def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str, say: Callable[[str], None]) -> None:
+        """Raise ExportError if ``name`` loses more than ``max_drop`` points."""
+        loss = self.judge(line, name, max_drop, say)
         if loss.points > max_drop:
             raise ExportError(
                 f"{name} loses {loss}, more than --max-drop {max_drop}",

@@ -75,10 +75,7 @@ def hold_limit(
 
     def quantize_all() -> tuple[Line, Loss]:
         line = write(())
-        lost = grader.loss(line, limit)
-        if lost.unresolved:
-            say(f"{name}: {lost.unresolved}")
-        return line, lost
+        return line, grader.judge(line, name, limit, say)
 
     whole, lost = quantize_all()
     if lost.points > limit and improve(f"{name} loses {lost}"):

@@ -314,16 +314,16 @@ class _Client:
         send_failure(self._sender, error)
 
     def _send_piece(self) -> None:
-        has_new = not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers()))
-        if has_new:
-            gap = len(self._loop.model.decoder.running) / _PIECES_PER_S
-            self._next_piece = time.monotonic() + min(max(gap, _SHORTEST_GAP_S), _LONGEST_GAP_S)
+        if self._ended or not any(self._is_new(*numbered) for numbered in enumerate(self._answers())):
+            self._told = False
+            return
+        gap = len(self._loop.model.decoder.running) / _PIECES_PER_S
+        self._next_piece = time.monotonic() + min(max(gap, _SHORTEST_GAP_S), _LONGEST_GAP_S)
         self._told = False
-        if has_new:
-            self._ended = self.query.done
-            response = self._response()
-            if self.query.error is None:  # ``answer`` sends it, and the answers have no end
-                self._sender.send(response)
+        self._ended = self.query.done
+        response = self._response()
+        if self.query.error is None:  # ``answer`` sends it, and the answers have no end
+            self._sender.send(response)
 
     def _answers(self) -> list[Answer]:
         """Return the answers to send: those of ``best_of`` are known when all are done."""
