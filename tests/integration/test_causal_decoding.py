@@ -312,6 +312,7 @@ def test_guessing_rests_where_guesses_are_wrong() -> None:
     assert lookup.guess(5) == []
     lookup.add([1, 2, 3])
     assert lookup.guess(1) == [7], "the latest place counts"
+    assert PromptLookup([5, 1, 2, 7, 8, 9, 1, 2]).guess(2) == [7, 8], "two tokens have occurred, three have not"
     for _ in range(20):
         lookup.learn(5, 0)
     assert [bool(lookup.guess(1)) for _ in range(40)].index(True) == 32

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_GRAM = 3
-"""Number of last tokens that must have occurred before."""
+_GRAMS = (3, 2)
+"""Numbers of last tokens that must have occurred before: the most that have."""
 _MOST = 8
 """Maximum tokens of a guess: more would often displace the guesses of other answers without success."""
 _LEAST_SHARE = 0.1
@@ -23,15 +23,16 @@ class PromptLookup:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # a gram's last place but the newest one
+        self._after: dict[tuple[int, ...], int] = {}  # the place after a gram's last occurrence but the newest one
         self.share, self._rests = 0.5, 0
         self.add(prompt)
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append tokens to the text."""
         for token in tokens:
-            if len(self._tokens) >= _GRAM:
-                self._after[tuple(self._tokens[-_GRAM:])] = len(self._tokens)
+            for gram in _GRAMS:
+                if len(self._tokens) >= gram:
+                    self._after[tuple(self._tokens[-gram:])] = len(self._tokens)
             self._tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
@@ -39,7 +40,8 @@ class PromptLookup:
         if self._rests:
             self._rests -= 1
             return []
-        place = self._after.get(tuple(self._tokens[-_GRAM:]))
+        places = (self._after.get(tuple(self._tokens[-gram:])) for gram in _GRAMS)
+        place = next((place for place in places if place is not None), None)
         return [] if place is None else self._tokens[place : place + min(most, _MOST)]
 
     def learn(self, guessed: int, right: int) -> None:
