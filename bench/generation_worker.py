@@ -82,16 +82,23 @@ def open_transformers(job: Mapping[str, Any]) -> tuple[Generate, str]:
     return generate, f"generate, {model.config._attn_implementation} attention"
 
 
-def open_llama(job: Mapping[str, Any]) -> tuple[Generate, str]:
-    from urllib.request import Request, urlopen
-
+def start_llama(job: Mapping[str, Any]) -> Any:
+    """Start llama.cpp's server on a free port."""
     import xllamacpp as llama
 
     params = llama.CommonParams()
     params.model.path = job["file"]
     params.n_parallel, params.n_ctx = SLOTS, SLOTS * min(SLOT_TOKENS, job["context"])
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
-    server = llama.Server(params)
+    return llama.Server(params)
+
+
+def open_llama(job: Mapping[str, Any]) -> tuple[Generate, str]:
+    from urllib.request import Request, urlopen
+
+    import xllamacpp as llama
+
+    server = start_llama(job)
 
     def generate(prompts: Sequence[Ids], new: int) -> list[Ids]:
         asked = {"prompt": prompts, "n_predict": new, "temperature": 0, "samplers": ["temperature"], "ignore_eos": True,

@@ -129,12 +129,12 @@ def _multiple(spread: Record | None, base: Record | None) -> str:
 
 
 def _streams(workload: Record, settings: Record) -> Iterator[str]:
-    yield f"Streaming clients of the server, prompts of {settings['prompt_tokens']} tokens and the template, {settings['new_tokens']} new tokens:"
+    yield f"Streaming clients of a server, prompts of {settings['prompt_tokens']} tokens and the template, {settings['new_tokens']} new tokens:"
     yield ""
     yield from _head("tokens/s", "first token ms p50", "p99", "between tokens ms p50", "p99")
     for load in workload["loads"]:
         times = ("first_token_p50_ms", "first_token_p99_ms", "between_tokens_p50_ms", "between_tokens_p99_ms")
-        name = f"deploykit {load['precision']}, {load['clients']} client{'s' * (load['clients'] > 1)}"
+        name = f"{load.get('server', 'deploykit')} {load['precision']}, {load['clients']} client{'s' * (load['clients'] > 1)}"
         yield _row([name, _spread(load["tokens_per_s"]), *(f"{load[key]['median']:.0f}" for key in times)])
 
 

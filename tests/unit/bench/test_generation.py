@@ -83,13 +83,14 @@ def test_the_table_has_ratios_to_transformers_and_says_when_the_machine_was_busy
         "load_before": [{"cpu_percent": 3.0}],
         "workloads": [
             generation.summary({base: rounds(4.0, 6.0, 5.0), other: rounds(10.0, 5.0)}),
-            {"key": "served", "loads": [serving.summary("int8", [load, load])]},
+            {"key": "served", "loads": [serving.summary(server, [load, load]) for server in serving.SERVERS]},
         ],
     }  # fmt: skip
     text = table.render_generation(suite)
     assert "| transformers fp32 | 10 tokens/s | 5 (4 to 6) tokens/s | 100% | 1.5 | 100 |" in text
     assert "| deploykit int8 | 1.00 | 1.50 (1.00 to 2.00) | 100% | 1.5 | 100 |" in text
-    assert "| deploykit int8, 8 clients | 50 | 100 | 200 | 20 | 30 |" in text
+    for server in ("deploykit int8", "deploykit fp32", "llama.cpp q8_0"):
+        assert f"| {server}, 8 clients | 50 | 100 | 200 | 20 | 30 |" in text
     assert "not final" not in text
     assert "not final" in table.render_generation({**suite, "load_before": [{"cpu_percent": 99.0}]})
 
