@@ -504,6 +504,7 @@ def _points(run: Record) -> str:
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "answering": ("answering", render_answering),
     "answering-amx": ("answering-amx", render_answering),
+    "answering-avx512vnni": ("answering-avx512vnni", render_answering),
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "defaults": ("defaults", render_defaults),
@@ -514,7 +515,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "generation": ("generation", render_generation),
     "generation-amx": ("generation-amx", render_generation),
     "generation-avx512vnni": ("generation-avx512vnni", render_generation),
-    "instruction-sets": ("instruction-sets-*", render_instruction_sets),
+    "instruction-sets": ("instruction-sets-amx", render_instruction_sets),
+    "instruction-sets-avx512vnni": ("instruction-sets-avx512vnni", render_instruction_sets),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
     "translators": ("architectures", render_translators),
