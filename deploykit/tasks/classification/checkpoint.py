@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ from deploykit.training.checkpoint import (
     trained_with_token_types,
 )
 
+_LOG = logging.getLogger(__name__)
+
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
 """Remedy for a model that cannot be served."""
 _LONGEST_OF_PAIR = 4
@@ -48,7 +51,7 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
         return task
-    regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    regression = config.problem_type == "regression"
     if config.num_labels != 1 and regression:
         raise ArtifactError(
             f"{path}: its head gives {config.num_labels} numbers (problem_type regression), and one is served",
@@ -65,7 +68,15 @@ def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str]
             f"{path}: id2label in its config.json does not name each output once: {config.id2label}",
             "give each output, from 0 on, a name of its own",
         )
-    multi_label = config.problem_type == "multi_label_classification"
+    # As transformers' pipeline: the sigmoid of one output, unless it says that it is a number.
+    one_output = config.num_labels == 1 and not regression
+    multi_label = one_output or config.problem_type == "multi_label_classification"
+    if one_output:
+        _LOG.warning(
+            "%s: has one output, and its config.json does not say that it is a number: the answer is the probability of %r, "
+            'as in transformers\' pipeline; if it is a number, write "problem_type": "regression" into config.json',
+            path, labels[0],
+        )  # fmt: skip
     if multi_label and (piped := next((label for label in labels if LABEL_SEPARATOR in label), None)):
         raise ArtifactError(
             f"{path}: id2label in its config.json has the label {piped!r}, and {LABEL_SEPARATOR!r} separates labels",
