@@ -31,6 +31,7 @@ from deploykit.training.checkpoint import check_vocabulary, load_model, load_tok
 from deploykit.training.padding import padded
 
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+_LANGUAGE_CODE = re.compile(rf"{_NLLB_CODE.pattern}|[a-z]{{2}}_[A-Z]{{2}}|__[a-z]{{2,3}}__")
 _T5_LENGTH = 512
 _TOKENS_PER_BATCH = 4096
 _LOGITS_PER_BATCH = 32_000_000
@@ -263,6 +264,17 @@ def translation_task(
             f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
             "give an mBART-50 checkpoint, or one of another type",
         )
+    if (
+        family in ("m2m_100", "mbart")
+        and not hasattr(tokenizer, "lang_code_to_id")
+        and not hasattr(tokenizer, "legacy_behaviour")  # NLLB's
+        and any(_LANGUAGE_CODE.fullmatch(token) for token in tokenizer.get_vocab())
+    ):
+        raise ArtifactError(
+            f"{name}: its tokenizer class, {type(tokenizer).__name__}, does not put the languages' codes into texts",
+            "name the model's own class as tokenizer_class in tokenizer_config.json: MBart50Tokenizer, NllbTokenizer or "
+            "M2M100Tokenizer",
+        )
     # Marian and BART name these fields in one way, T5 in another.
     for side, fields in {
         "encoder": ("encoder_layers", "num_layers"),
@@ -283,14 +295,20 @@ def translation_task(
     start = _first(generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None))
     eos = _first(generation.eos_token_id, config.eos_token_id)
     pad = _first(generation.pad_token_id, config.pad_token_id, tokenizer.pad_token_id)
-    if start is None or eos is None or pad is None:
+    counts_from_padding = family == "m2m_100"  # the positions of its tokens
+    if start is None or eos is None or pad is None or (counts_from_padding and config.pad_token_id is None):
         raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
+    if tokenizer.eos_token_id is None or tokenizer.unk_token_id is None:
+        raise ArtifactError(
+            f"{name}: its tokenizer names no end token (eos_token) or no token for unknown pieces (unk_token)",
+            "name it in tokenizer_config.json, or copy the checkpoint again",
+        )
     if isinstance(start, list):
         raise ArtifactError(
             f"{name}: its decoder_start_token_id is a list, {start}, and each translation starts with one token",
             "give one token in generation_config.json",
         )
-    return Translation(
+    task = Translation(
         source=source,
         target=target,
         family=family,
@@ -303,6 +321,13 @@ def translation_task(
         generation=read_generation(generation, name, target_limit, known.get(target)),
         languages=tuple(known),
     )
+    special = len(token_ids(tokenizer, [source_prefix(task)])[0])
+    if limit <= special:
+        raise ArtifactError(
+            f"{name}: it reads {limit} tokens, and {special} of a text are special ones or its prefix: no text has room",
+            "correct model_max_length in tokenizer_config.json",
+        )
+    return task
 
 
 def _languages_of(tokenizer: Any, name: str, source: str | None, target: str | None) -> tuple[str, str]:
@@ -315,7 +340,7 @@ def _languages_of(tokenizer: Any, name: str, source: str | None, target: str | N
 
 def _positions(tokenizer: Any, config: Any) -> int:
     limits = [getattr(config, "max_position_embeddings", None) or _T5_LENGTH]
-    if tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
+    if 0 < tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
         limits.append(tokenizer.model_max_length)
     return int(min(limits))
 

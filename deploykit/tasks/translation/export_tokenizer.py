@@ -57,7 +57,7 @@ def check_tokenizer_files(checkpoint: Path) -> None:
     """Raise ArtifactError naming the SentencePiece files that a checkpoint lacks, before transformers fails
     obscurely."""
     named = str(_read(checkpoint / "tokenizer_config.json").get("tokenizer_class", "")).removesuffix("Fast")
-    kind = named if named in _FILES else _CLASSES.get(str(_read(checkpoint / "config.json").get("model_type")), "")
+    kind = named or _CLASSES.get(str(_read(checkpoint / "config.json").get("model_type")), "")
     for names in _FILES.get(kind, ()):
         if not any((checkpoint / name).is_file() for name in names):
             raise ArtifactError(

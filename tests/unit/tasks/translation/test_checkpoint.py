@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_translators import FAMILIES, TEXTS, write_bart, write_mbart, write_pairs
+from tiny_translators import FAMILIES, SHAPE, TEXTS, write_bart, write_mbart, write_pairs
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError
@@ -19,6 +19,10 @@ from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import load_translator
 from deploykit.training.checkpoint import quiet
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 @pytest.mark.parametrize("family", ["bart", "mbart", "mt5"])
@@ -93,12 +97,20 @@ def test_models_that_do_not_translate_are_refused_by_type(tmp_path: Path) -> Non
         TorchTranslator.load(tmp_path / "m", source="en", target="fr")
 
 
-def test_a_list_of_start_tokens_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder_start_token_id": [2]}, r"decoder_start_token_id is a list, \[2\]"),
+        ({"forced_eos_token_id": [2, 0]}, r"forced_eos_token_id is a list, \[2, 0\]"),
+    ],
+)
+def test_a_list_where_one_token_is_decoded_is_refused_by_name(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     quiet()
     write_bart(tmp_path)
-    path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder_start_token_id": [2]}))
-    with pytest.raises(ArtifactError, match=r"decoder_start_token_id is a list, \[2\]"):
+    edit(tmp_path / "generation_config.json", **fields)
+    with pytest.raises(ArtifactError, match=message):
         TorchTranslator.load(tmp_path, source="en", target="fr")
 
 
@@ -119,3 +131,44 @@ def test_an_mbart_of_25_languages_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "MBartTokenizer"}))
     with pytest.raises(ArtifactError, match="mBART of 25 languages"):
         TorchTranslator.load(tmp_path / "m", source="en_XX", target="fr_XX")
+
+
+@pytest.mark.parametrize("limit", [-1, 0])
+def test_a_model_max_length_below_1_is_no_limit(limit: int, tmp_path: Path) -> None:
+    """Every text was split into pieces of one token."""
+    write_bart(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", model_max_length=limit)
+    assert (
+        TorchTranslator.load(tmp_path, source="en", target="fr").task.max_source_length
+        == SHAPE["max_position_embeddings"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_max_length": 2}, "it reads 2 tokens, and 2 of a text are special ones or its prefix"),
+        ({"eos_token": None}, "its tokenizer names no end token"),
+        ({"unk_token": None}, "its tokenizer names no end token .* or no token for unknown pieces"),
+    ],
+)
+def test_a_tokenizer_that_cannot_translate_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_bart(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", **fields)
+    with pytest.raises(ArtifactError, match=message):
+        TorchTranslator.load(tmp_path, source="en", target="fr")
+
+
+def test_a_model_that_counts_positions_from_the_padding_needs_its_id(tmp_path: Path) -> None:
+    FAMILIES["m2m_100"][0](tmp_path)
+    edit(tmp_path / "config.json", pad_token_id=None)
+    with pytest.raises(ArtifactError, match="names no start, end or padding token"):
+        TorchTranslator.load(tmp_path, source="en", target="fr")
+
+
+def test_a_tokenizer_class_that_adds_no_language_codes_is_refused(tmp_path: Path) -> None:
+    """It ignored --source-lang and --target-lang."""
+    write_mbart(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(ArtifactError, match=r"its tokenizer class, \w+, does not put the languages' codes into texts"):
+        TorchTranslator.load(tmp_path, source="en_XX", target="fr_XX")
