@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from deploykit.errors import ArtifactError
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.translation.facts import Translation
 from deploykit.training.generation_fields import refuse_unknown
@@ -48,7 +49,7 @@ def read_generation(config: Any, name: str, longest: int, forced_bos: int | None
         bad_words=tuple(tuple(ids) for ids in config.bad_words_ids or ()),
         suppressed=tuple(config.suppress_tokens or ()),
         forced_bos_token_id=forced_bos if forced_bos is not None else config.forced_bos_token_id,
-        forced_eos_token_id=_single(config.forced_eos_token_id),
+        forced_eos_token_id=_forced_eos(config.forced_eos_token_id, name),
         renormalize=bool(config.renormalize_logits),
     )
 
@@ -78,6 +79,12 @@ def generation_config(task: Translation, generation: Generation) -> GenerationCo
     )
 
 
-def _single(value: Any) -> int | None:
-    found: int | None = value[0] if isinstance(value, list) else value
-    return found
+def _forced_eos(value: int | list[int] | None, name: str) -> int | None:
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise ArtifactError(
+            f"{name}: its forced_eos_token_id is a list, {value}, and a translation that is cut ends with one token",
+            "give one token in generation_config.json",
+        )
+    return value[0] if value else None
