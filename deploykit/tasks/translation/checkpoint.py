@@ -70,7 +70,8 @@ class TorchTranslator:
 
     def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Return source token ids as in training and serving, truncated to ``task.max_source_length`` if ``cut``."""
-        prefix, codes = source_prefix(self.task), self.task.languages if self.task.family == "marian" else ()
+        prefix = source_prefix(self.task, self.model.config)
+        codes = self.task.languages if self.task.family == "marian" else ()
         texts = [prefixed(normalize(text), prefix, codes) for text in texts]
         return token_ids(self.tokenizer, texts, most=self.task.max_source_length if cut else None)
 
@@ -321,7 +322,7 @@ def translation_task(
         generation=read_generation(generation, name, target_limit, known.get(target)),
         languages=tuple(known),
     )
-    special = len(token_ids(tokenizer, [source_prefix(task)])[0])
+    special = len(token_ids(tokenizer, [source_prefix(task, config)])[0])
     if limit <= special:
         raise ArtifactError(
             f"{name}: it reads {limit} tokens, and {special} of a text are special ones or its prefix: no text has room",

@@ -123,7 +123,7 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 def _write_fp32(checkpoint: Path, reference: TorchTranslator, directory: Path) -> Architecture:
     architecture = read_architecture(reference.model)
     save_graphs(directory, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
-    prefix = source_prefix(reference.task) or None
+    prefix = source_prefix(reference.task, reference.model.config) or None
     save_translation_tokenizer(checkpoint, reference.tokenizer, directory, prefix=prefix)
     return architecture
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from deploykit.errors import ArtifactError, ExportError
 from deploykit.tasks.translation.plain_text import read_as_text, splits_special, token_ids
-from deploykit.tasks.translation.source_prefix import prefixed
+from deploykit.tasks.translation.source_prefix import prefixed, task_prefixes
 from deploykit.tasks.translation.tokenizer import (
     SOURCE_SPM,
     TARGET_SPM,
@@ -46,7 +46,6 @@ _CLASSES = {
     "bart": "BartTokenizer",
 }
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-_TASK = re.compile(r"translation_(\w+)_to_(\w+)")
 _PROBES = (
     "", " ", "Hello, world!", "  two  spaces ", "Ça va ?\tL'été\n…", "我爱你。", "مرحبا بالعالم", "नमस्ते", "👩‍👩‍👧 🎉",
     "ﬁ ① Å e\u0301", "a\x00b\x7f", "▁x▁ ▁", "</s> <unk><pad> <s>x</s>", ">>fr<< a >>b<<", "__fr__ fra_Latn", "x" * 300,
@@ -108,7 +107,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
         languages=languages,
         language_place=place if languages else None,
         before=() if languages else tuple(tokenizer("")["input_ids"][:-1]),
-        prefixes=_task_prefixes(config),
+        prefixes=task_prefixes(config.get("task_specific_params")),
         prefix=prefix or "",
         clean_up_spaces=cleans and bool(tokenizer.clean_up_tokenization_spaces),
         split_special_tokens=splits_special(tokenizer),
@@ -193,14 +192,6 @@ def _size(tokenizer: Any, by_id: Mapping[int, str], config: Mapping[str, Any]) -
     """Return a size above every id that the tokenizer knows or the model can generate."""
     known: int = max([*by_id, *tokenizer.added_tokens_decoder]) + 1
     return max(known, int(config.get("vocab_size") or 0))
-
-
-def _task_prefixes(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    prefixes: dict[str, dict[str, str]] = {}
-    for name, parameters in (config.get("task_specific_params") or {}).items():
-        if (match := _TASK.fullmatch(name)) and parameters.get("prefix"):
-            prefixes.setdefault(match[1], {})[match[2]] = str(parameters["prefix"])
-    return prefixes
 
 
 def _check(tokenizer: Any, record: TokenizerRecord, folder: Path) -> None:

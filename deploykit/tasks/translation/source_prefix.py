@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from deploykit.errors import DataError
 from deploykit.tasks.translation.facts import Translation
@@ -15,17 +16,31 @@ T5_LANGUAGES: Mapping[str, str] = {"en": "English", "fr": "French", "de": "Germa
 """Language names in T5's pretraining (Raffel et al., JMLR 2020, appendix D); others are used as given."""
 
 _CODE = re.compile(r"\s*>>([^<>\s]{1,40})<<\s*")
+_TASK = re.compile(r"translation_(\w+)_to_(\w+)")
 _SHOWN_LANGUAGES = 12
 
 
-def source_prefix(task: Translation) -> str:
-    """Return the prefix of every source text: a target code (multilingual Marian), an instruction (T5), or nothing."""
+def source_prefix(task: Translation, config: Any) -> str:
+    """Return the prefix of every source text: a target code (multilingual Marian), the one that the checkpoint's
+    ``config`` names for the pair, an instruction (T5), or nothing."""
     if _has_codes(task):
         return f">>{task.target}<< "
+    own = task_prefixes(getattr(config, "task_specific_params", None)).get(task.source, {})
+    if task.target in own:
+        return own[task.target]
     if task.family == "t5":
         source, target = (T5_LANGUAGES.get(code, code) for code in (task.source, task.target))
         return f"translate {source} to {target}: "
     return ""
+
+
+def task_prefixes(parameters: Any) -> dict[str, dict[str, str]]:
+    """Return the prefixes in a config's ``task_specific_params``, by source and target language."""
+    prefixes: dict[str, dict[str, str]] = {}
+    for name, fields in (parameters or {}).items():
+        if (match := _TASK.fullmatch(name)) and isinstance(fields.get("prefix"), str):
+            prefixes.setdefault(match[1], {})[match[2]] = fields["prefix"]
+    return prefixes
 
 
 def cut_code(text: str, task: Translation) -> tuple[str, str]:

@@ -16,8 +16,10 @@ from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.stages.export import export
 from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import load_translator
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
 from deploykit.training.checkpoint import quiet
 
 
@@ -45,6 +47,24 @@ def test_a_foreign_checkpoint_is_exported_and_answers_as_pytorch(family: str, tm
     ours, theirs = served.translate(texts), reference.translate(texts)
     assert [(t.text, t.target_tokens) for t in ours] == [(t.text, t.target_tokens) for t in theirs]
     assert [t.score for t in ours] == pytest.approx([t.score for t in theirs], abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+@pytest.mark.parametrize("prefix", ["fr: ", ""])
+def test_a_prefix_in_the_config_is_put_before_sources(family: str, prefix: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write, source, target = FAMILIES[family]
+    for name in ("m", "saved"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "m")
+    edit(tmp_path / "m" / "config.json", task_specific_params={"translation_en_to_fr": {"prefix": prefix}})
+    reference = TorchTranslator.load(tmp_path / "m", source=source, target=target)
+    save_translation_tokenizer(tmp_path / "m", reference.tokenizer, tmp_path / "saved")
+    served = load_translation_tokenizer(tmp_path / "saved", source, target)
+    texts = TEXTS[:2]
+    expected = AutoTokenizer.from_pretrained(tmp_path / "m")([prefix + text for text in texts])["input_ids"]
+    assert reference.encode(texts) == served.encode(texts) == expected
 
 
 def test_a_foreign_checkpoint_is_trained_on(tmp_path: Path) -> None:
