@@ -227,11 +227,12 @@ def _seems_binary(sample: bytes, encoding: str) -> str | None:
     except UnicodeError:
         text, valid = sample.decode("latin-1"), False
     # Text has few control characters besides line ends and tabs; random bytes have 10%.
+    if text.count("\0") > 0.4 * len(text):
+        name = "utf-16-le" if sample[1::2].count(0) > sample[::2].count(0) else "utf-16-be"
+        return f"it has very many NUL bytes, as UTF-16 has (then give --encoding {name})"
     controls = len(_C0_CONTROL.findall(text))
     if controls < 8 or controls < (0.3 if valid else 0.05) * len(text):
         return None
-    if sample.count(0) > 0.4 * len(sample):
-        return "it has very many NUL bytes, as UTF-16 has (then give --encoding utf-16-le)"
     return "it has very many control characters"
 
 

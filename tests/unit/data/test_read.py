@@ -100,6 +100,8 @@ def test_json_array(tmp_path):
         ("a.jsonl", b"PAR1" + b"\0" * 50, "a Parquet file"),
         ("a.csv", bytes(range(256)) * 8, "is not text"),
         ("a.csv", "text,label\nhello,x\n".encode("utf-16-le"), "give --encoding utf-16-le"),
+        ("a.csv", "text\na\n".encode("utf-16-le"), "give --encoding utf-16-le"),
+        ("a.csv", "text\na\n".encode("utf-16-be"), "give --encoding utf-16-be"),
         ("a.csv", b"text,label\nok,x\ncaf\xe9,y\n", "line 3, byte offset 19, is not utf-8"),
         ("a.csv", b"\xef\xbb\xbftext\n\xe9\n", "line 2, byte offset 8, is not utf-8"),
         ("a.csv", b"text\n" + b"good\n" * 30_000 + b"\xe9\n", "line 30002, byte offset 150005, is not utf-8"),
