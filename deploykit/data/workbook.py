@@ -41,6 +41,7 @@ def read_workbook(path: Path, reading: Reading = AS_FOUND) -> Iterator[Record]:
         while len(header) > 1 and not header[-1]:
             header.pop()
         check_header(path, header)
+        _check_no_title(path, header, rows, first)
         first += 1
     for number, row in enumerate(rows[first:], start=first + 1):
         origin = f"{normalize(path.name)}:{number}"
@@ -48,6 +49,19 @@ def read_workbook(path: Path, reading: Reading = AS_FOUND) -> Iterator[Record]:
             yield malformed(origin, unsaved[number], reading, named=path)
         elif any(cell is not None for cell in row):
             yield Record(origin, dict(itertools.zip_longest(header, row[: len(header)])))
+
+
+def _check_no_title(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]], first: int) -> None:
+    """Raise DataError for a first row with one cell, which names no column, above a row with cells beyond it."""
+    if sum(map(bool, header)) != 1:
+        return
+    for number, row in enumerate(rows[first + 1 :], start=first + 2):
+        if any(cell is not None for cell in row[len(header) :]):
+            raise DataError(
+                f"{path}: row {first + 1} has one cell, {header[-1][:40]!r}, and row {number} has more: it seems to be a title, "
+                "not the header",
+                "delete the rows above the header, or name every column",
+            )
 
 
 def workbook_notes(path: Path) -> list[str]:

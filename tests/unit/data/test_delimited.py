@@ -169,6 +169,28 @@ def test_a_workbook(tmp_path):
     assert values(tmp_path / "a.xlsx") == [("grün", 1), ("b", 2)]
 
 
+@pytest.mark.parametrize("cells", [("Answers of May", None, None), (None, "Answers of May", None)])
+def test_a_title_above_the_header_of_a_workbook_is_refused(tmp_path, cells):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [cells, (None, None, None), ("text", "label", "date"), ("a", "x", None)]:
+        book.active.append(row)
+    book.active.merge_cells("A1:A2")
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match=r"a.xlsx: row 1 has one cell, 'Answers of May', and row 3 has more"):
+        values(tmp_path / "a.xlsx")
+
+
+def test_a_workbook_with_one_named_column_is_read(tmp_path):
+    """The first column is pandas' index."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [(None, "text"), (0, "a"), (1, "b")]:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    assert [record.values["text"] for record in read_records(str(tmp_path / "a.xlsx"))] == ["a", "b"]
+
+
 def test_class_labels_of_parquet_keep_their_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
