@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,10 @@ def load_base(source: str, **config: Any) -> Any:
 def load_base_tokenizer(source: str) -> Any:
     """Return the fast tokenizer of a checkpoint folder, hub id or GGUF file."""
     if not source.endswith(".gguf"):
-        return load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
+        if isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = _one_template(tokenizer.chat_template, source)
+        return tokenizer
     with _reading_gguf(source) as (folder, file):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
         cut = _read_gguf(str(Path(folder) / file)).get_field("tokenizer.ggml.pre")
@@ -231,6 +234,21 @@ def load_base_tokenizer(source: str) -> Any:
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
         return tokenizer
+
+
+def _one_template(named: Mapping[str, str], source: str) -> str:
+    """Return one template that does what ``apply_chat_template`` does with several: ``tool_use`` writes dialogs with
+    tools, ``default`` all others. Raises ArtifactError if there is no ``default``."""
+    if "default" not in named:
+        raise ArtifactError(
+            f"{source}: its tokenizer has the chat templates {', '.join(named)}, and none is named default",
+            "name one of them default in tokenizer_config.json",
+        )
+    if "tool_use" not in named:
+        return named["default"]
+    # Jinja drops white space next to the tags of an if, and the last line end of a template.
+    tools, plain = ("{{ '' }}" + named[name].removesuffix("\n") + "{{ '' }}" for name in ("tool_use", "default"))
+    return f"{{% if tools %}}{tools}{{% else %}}{plain}{{% endif %}}"
 
 
 def load_base_config(source: str) -> tuple[Any, Any]:

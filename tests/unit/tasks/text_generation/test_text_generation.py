@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from language_models import FAMILIES, random_model, tokenizer, write_checkpoint
+from transformers import AutoTokenizer
 
 from deploykit.errors import ArtifactError, DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
@@ -401,3 +402,34 @@ def test_a_window_of_unknown_size_is_refused() -> None:
     config.layer_types, config.sliding_window = ["full_attention", "sliding_attention"], None
     with pytest.raises(ExportError, match="there is no sliding_window"):
         check_supported(config, "model")
+
+
+def test_a_gemma_that_reads_in_both_directions_is_refused() -> None:
+    config = random_model("gemma3_text").config
+    config.use_bidirectional_attention = True
+    with pytest.raises(ExportError, match="each token reads the tokens after it"):
+        check_supported(config, "model")
+
+
+DEFAULT = "\n {%- if true %} D {% endif %}\n{{ messages[0].content }}  \n"
+TOOL_USE = "\n  {% for tool in tools %}{{ tool.function.name }}{% endfor %} {{ messages[0].content }}\n"
+
+
+def test_named_templates_write_what_transformers_writes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    name_templates(folder, default=DEFAULT, tool_use=TOOL_USE, rag="R")
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    messages = [{"role": "user", "content": "list the file"}]
+    chat, theirs = TorchGenerator.load(folder).tokenizer, AutoTokenizer.from_pretrained(folder)
+    for tools in (None, [tool]):
+        expected = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        assert chat.encode_prompt(messages, tools) == expected
+    name_templates(folder, rag="R")
+    with pytest.raises(ArtifactError, match="the chat templates rag, and none is named default"):
+        TorchGenerator.load(folder)
+
+
+def name_templates(folder: Path, **templates: str) -> None:
+    path = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
