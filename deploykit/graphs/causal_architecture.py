@@ -79,6 +79,11 @@ def check_supported(config: Any, name: str) -> None:
         raise ExportError(
             f"{name}: layer_types has sliding_attention, and there is no sliding_window", "correct its config.json"
         )
+    if kind == "gemma3_text" and config.use_bidirectional_attention:
+        raise ExportError(
+            f"{name}: each token reads the tokens after it (use_bidirectional_attention), so it writes no text",
+            "give a language model; this one computes embeddings",
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [p for p in parameters.values() if isinstance(p, Mapping)] or [parameters]
     for scaling in (p.get("rope_type", "default") for p in nested):
