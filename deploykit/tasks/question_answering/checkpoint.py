@@ -102,6 +102,11 @@ def check_model(answerer: TorchAnswerer, origin: str) -> None:
     try:
         alone, together = [logits([row])[0] for row in range(len(windows))], logits(range(len(windows)))
     except Exception as error:  # whatever the architecture raises, it cannot answer questions like these
+        if model.config.num_labels != 2:
+            raise ArtifactError(
+                f"{origin}: its head has {model.config.num_labels} outputs for each token, and an answer needs two: start and end",
+                "fine-tune a checkpoint without such a head, or correct id2label in config.json",
+            ) from error
         raise UsageError(f"{kind} do not run on a short text: {first_line(error)}", remedy) from error
     model.train(training)
     if not all(np.isfinite(part).all() for part in alone):

@@ -48,6 +48,12 @@ def test_a_model_that_padding_confuses_is_refused(tmp_path: Path) -> None:
         TorchAnswerer.load(folder)
 
 
+def test_a_head_of_three_outputs_is_refused(tmp_path: Path) -> None:
+    folder = _with_model(tmp_path / "model", "bert", num_labels=3, **SIZES)
+    with pytest.raises(ArtifactError, match="its head has 3 outputs for each token, and an answer needs two"):
+        TorchAnswerer.load(folder)
+
+
 def test_a_model_whose_answers_nothing_checks_is_refused(tmp_path: Path) -> None:
     folder = _with_model(tmp_path / "model", "xlnet", vocab_size=999, d_model=32, n_layer=2, n_head=2, d_inner=64)
     with pytest.raises(UsageError, match="of type xlnet have no answers to compare with"):
