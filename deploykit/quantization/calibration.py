@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,9 @@ _TOKENS_PER_BATCH = 1024  # bounds the activations in memory at once
 _LEVELS = 128  # magnitudes of INT8
 _PERCENTILE = 99.99
 _HISTOGRAMS = "calibration.npz"
+_SHOWN = 80
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,17 @@ def load_calibration(folder: Path, parent: str) -> Calibration:
     )
 
 
+class NotFiniteError(DataError):
+    """The error of a calibration ``row``, in words, for which the model computes NaN or infinity in ``layer``."""
+
+    def __init__(self, row: str, layer: str) -> None:
+        self.layer = layer
+        super().__init__(
+            f"the fp32 model computes NaN or infinity for {row} ({layer}), and INT8 would hide it",
+            "deploykit evaluate CHECKPOINT --data FILE names all such rows: leave them out, or train the model again",
+        )
+
+
 Observe = Callable[[str, NDArray[np.float32]], None]
 """Called with the name of an activation and its values, without padding positions."""
 
@@ -144,17 +158,14 @@ Observe = Callable[[str, NDArray[np.float32]], None]
 def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
     """Build the histograms of all activations that ``run`` observes. ``run`` is called twice and must observe the same.
 
-    Raises ExportError if there are none, and DataError if one has NaN or infinity.
+    Raises ExportError if there are none, and NotFiniteError if one has NaN or infinity.
     """
     extremes: dict[str, tuple[float, float]] = {}
 
     def widen(name: str, values: NDArray[np.float32]) -> None:
         least, most = float(values.min()), float(values.max())  # NaN if any is
         if not (math.isfinite(least) and math.isfinite(most)):
-            raise DataError(
-                f"the fp32 model computes NaN or infinity for a calibration row ({name}), and INT8 would hide it",
-                "deploykit evaluate CHECKPOINT --data FILE names the row: leave it out, or train the model again",
-            )
+            raise NotFiniteError("a calibration row", name)
         low, high = extremes.get(name, (np.inf, -np.inf))
         extremes[name] = (min(low, least), max(high, most))
 
@@ -174,6 +185,29 @@ def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Cali
     histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}
     seconds = round(time.monotonic() - started, 2)
     return Calibration(histograms, rows, rows_digest, seconds, round(memory.peak_mb or 0.0, 1))
+
+
+def calibrate_named(calibrate: Callable[[Sequence[Row]], Calibration], rows: Sequence[Row]) -> Calibration:
+    """Return ``calibrate(rows)``. The NotFiniteError of one row names it by its ``origin``, or by the beginning of its text."""
+    try:
+        return calibrate(rows)
+    except NotFiniteError as error:
+        layer, some = error.layer, rows
+        while len(some) > 1:
+            half = len(some) // 2
+            some = some[:half] if _is_refused(calibrate, some[:half]) else some[half:]
+        row = getattr(some[0], "origin", None) or repr(some[0])[:_SHOWN]
+        raise NotFiniteError(f"the calibration row {row}", layer) from None
+
+
+def _is_refused(calibrate: Callable[[Sequence[Row]], Calibration], rows: Sequence[Row]) -> bool:
+    try:
+        calibrate(rows)
+    except NotFiniteError:
+        return True
+    except DataError:  # so few rows may not suffice
+        return False
+    return False
 
 
 def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from deploykit import artifacts
 from deploykit.graphs.export_options import CalibrationOptions, Say
-from deploykit.quantization.calibration import METHODS, Calibration
+from deploykit.quantization.calibration import METHODS, Calibration, calibrate_named
 from deploykit.stages.export import identity, parent_digest
 from deploykit.tasks.registry import task_of, task_of_checkpoint
 from deploykit.training.source import check_source
@@ -53,7 +54,7 @@ def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bo
                 folder, task = source, exported.task
             texts = module.calibration_texts(source, task, options)
             say(f"calibrating on {len(texts):,} rows")
-            calibration: Calibration = module.calibrate(folder, task, texts)
+            calibration: Calibration = calibrate_named(partial(module.calibrate, folder, task), texts)
         calibration.save(directory)
         by_method = {method: calibration.ranges(method) for method in METHODS}
         ranges = {name: {m: by_method[m][name] for m in METHODS} for name in calibration.histograms}

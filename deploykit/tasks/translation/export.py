@@ -30,7 +30,7 @@ from deploykit.graphs.native_writer import save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
-from deploykit.quantization.calibration import Calibration
+from deploykit.quantization.calibration import Calibration, calibrate_named
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
@@ -99,7 +99,8 @@ def write(
         calibration = saved
         if calibration is None:
             say(f"calibrating on {options.calibration}")
-            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+            texts = calibration_texts(checkpoint, task, options)
+            calibration = calibrate_named(partial(calibrate, directory, task), texts)
         else:
             calibration.check(activations_of(directory))
         metrics["quantization"], ranges = _quantize(calibration, directory, architecture, options, grader, trace, say)
