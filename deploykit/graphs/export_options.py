@@ -38,6 +38,7 @@ SPLITS = ("train", "validation", "test")
 
 
 _SAMPLES = 64
+_AT_HAND = 1000
 _CALIBRATION_ROWS = 512
 _OF_ROWS = ("calibration_split", "calibration_data", "calibration_rows")
 
@@ -217,6 +218,14 @@ def pick_rows(
         f"{checkpoint}: has no {name} rows (only checkpoints of deploykit finetune have)",
         f"give a file of rows with {option}",
     )
+
+
+def rows_at_hand(checkpoint: Path, rows: Sequence[Row], kind: type[Row]) -> list[Row]:
+    """Return ``rows``, and rows of the run's own splits, evenly drawn: at most 1,000 in all, or ``rows`` if they are more."""
+    kept = [name for name in SPLITS if (checkpoint / "splits" / f"{name}.jsonl").is_file()]
+    more = [row for name in kept for row in read_split(checkpoint, name, kind)]
+    count = max(0, _AT_HAND - len(rows))
+    return [*rows, *(evenly(more, count) if count else ())]
 
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:

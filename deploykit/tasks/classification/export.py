@@ -22,7 +22,6 @@ from deploykit.graphs.encoder_export import (
     quantize_graphs,
 )
 from deploykit.graphs.export_options import (
-    SPLITS,
     CalibrationOptions,
     ExportOptions,
     Say,
@@ -30,6 +29,7 @@ from deploykit.graphs.export_options import (
     graded,
     keep_samples,
     pick_rows,
+    rows_at_hand,
 )
 from deploykit.graphs.native_encoder import write_native
 from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
@@ -47,6 +47,7 @@ from deploykit.tasks.classification.calibration import calibrate, token_rows
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.evaluate import labelled_rows
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.label_free import lost_points, measure_name
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.parity import check_answers, check_parity, probes, require_equal
 from deploykit.tasks.classification.predictor import TextClassifier, load_classifier
@@ -54,11 +55,7 @@ from deploykit.tasks.classification.resampling import measure_of
 from deploykit.tasks.classification.rows import Example
 from deploykit.tensorrt.build import plan
 from deploykit.training.qat import TrainedScales
-from deploykit.training.rows import read_split
 from deploykit.training.trained_ranges import trained_ranges
-
-_AT_HAND = 1000
-"""Rows to compare answers on where the measured ones are too few."""
 
 __all__ = ["calibrate", "calibration_texts", "write", "write_fp32"]
 
@@ -86,7 +83,7 @@ def write(
     rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
-    grader = _Grader(directory, task, rows, [row.asked for row in rows_at_hand(checkpoint, rows)])
+    grader = _Grader(directory, task, rows, lambda: [row.asked for row in rows_at_hand(checkpoint, rows, Example)])
     grader.grade_checkpoint(reference)
     say("exporting to ONNX")
     _write_fp32(reference, directory)
@@ -155,9 +152,13 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
     figures = ("accuracy", "macro_f1")
 
     def __init__(
-        self, directory: Path, task: Classification, rows: Sequence[Example], at_hand: Sequence[str] = ()
+        self,
+        directory: Path,
+        task: Classification,
+        rows: Sequence[Example],
+        at_hand: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        """``at_hand`` are the texts to compare answers on where ``rows`` are too few; none: those of ``rows``."""
+        """``at_hand`` returns the texts to compare answers on where ``rows`` are too few; None: those of ``rows``."""
         super().__init__(directory)
         self._task = task
         self._texts, self._origins = [row.asked for row in rows], [row.origin for row in rows]
@@ -166,12 +167,9 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
             self.figures, self.limited = ("pearson", "rmse"), ("pearson",)
             self._step = float(self._truth.std()) / 20 or 1.0
         self._reference: NDArray[np.float32] = np.empty(0, np.float32)
-        self._at_hand = list(dict.fromkeys(at_hand or self._texts))
+        self.label_free = measure_name(task)
+        self._at_hand = functools.cache(lambda: list(dict.fromkeys(at_hand() if at_hand else self._texts)))
         self._expected_at_hand: Callable[[], NDArray[np.float32]] | None = None
-        if not (task.regression or task.multi_label):
-            self.label_free = (
-                f"answers that differ from fp32's on {len(self._at_hand):,} rows, weighed by fp32's margin"
-            )
 
     def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:
         return classification_metrics(self._task, self._truth, raw)
@@ -190,12 +188,12 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
         except NoNumberError:
             stop_at_no_number(self._origins, answer_each(reference.scores, self._texts))
             raise
-        self._expected_at_hand = functools.cache(lambda: reference.scores(self._at_hand))
+        self._expected_at_hand = functools.cache(lambda: reference.scores(self._at_hand()))
         self.enter("fp32", "pytorch", self._reference)
 
     def lost_without_labels(self, engine: Engine) -> float:
         assert self._expected_at_hand is not None, "the checkpoint is graded first"
-        return lost_by_margin(self._expected_at_hand(), self._scores(engine, self._at_hand))
+        return lost_points(self._task, self._expected_at_hand(), self._scores(engine, self._at_hand()))
 
     def check_fp32(self, outputs: NDArray[np.float32], name: str) -> None:
         require_equal(self._task, self._texts, self._reference, outputs, name)
@@ -213,25 +211,6 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
     def _scores(self, engine: Engine, texts: Sequence[str]) -> NDArray[np.float32]:
         # Of a form that computes NaN, the search for INT8 layers needs to know how much it loses.
         return self._task.scores(load_classifier(self._directory, self._task, engine).logits(texts))
-
-
-def lost_by_margin(expected: NDArray[np.float32], scores: NDArray[np.float32]) -> float:
-    """Return the points of accuracy that ``scores`` are expected to lose if the true label has fp32's probability, ``expected``.
-
-    A changed answer costs as much as fp32 prefers its own: near nothing if both are as likely, one row if it was sure.
-    """
-    rows = np.arange(len(expected))
-    lost = expected.max(axis=1) - expected[rows, scores.argmax(axis=1)]
-    lost = np.where(np.isfinite(scores).all(axis=1), lost, expected.max(axis=1))
-    return 100 * float(lost.mean())
-
-
-def rows_at_hand(checkpoint: Path, rows: Sequence[Example]) -> list[Example]:
-    """Return ``rows``, and rows of the run's own splits, evenly drawn: at most ``_AT_HAND`` in all."""
-    kept = [name for name in SPLITS if (checkpoint / "splits" / f"{name}.jsonl").is_file()]
-    more = [row for name in kept for row in read_split(checkpoint, name, Example)]
-    count = max(0, _AT_HAND - len(rows))
-    return [*rows, *(evenly(more, count) if count else ())]
 
 
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
