@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
+from deploykit.errors import DataError
 from deploykit.freed_memory import keep_memory
 from deploykit.graphs.encoder_export import (
     EncoderGrader,
@@ -28,6 +29,7 @@ from deploykit.graphs.export_options import (
     graded,
     keep_samples,
     pick_rows,
+    rows_at_hand,
 )
 from deploykit.graphs.native_encoder import write_native
 from deploykit.graphs.onnx_export import Signature, export_encoder, export_half_encoder, save_hub_files
@@ -44,6 +46,7 @@ from deploykit.tasks.question_answering.calibration import calibrate, sample_win
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.evaluate import as_found, found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text
+from deploykit.tasks.question_answering.label_free import COMPARED, lost_points
 from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.parity import check_parity
 from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
@@ -75,13 +78,13 @@ def write(
     rows = _rows(checkpoint, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} questions")
-    grader = _Grader(directory, task, rows)
+    grader = _Grader(directory, task, rows, lambda: rows_at_hand(checkpoint, rows, Example))
     grader.grade_checkpoint(reference)
     say("exporting to ONNX")
     _write_fp32(reference, directory)
     keep_samples(directory, rows)
     engine = load_engine("onnxruntime", directory / GRAPH)
-    pairs = [(row.question, row.context) for row in rows]
+    pairs = _pairs(rows)
     parity = check_parity(reference, engine, load_answerer(directory, task, engine), pairs)
     say(
         f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}) "
@@ -147,11 +150,21 @@ class _Grader(EncoderGrader[list[Found]]):
 
     figures = ("exact_match", "f1")
     limited = ("f1",)
+    label_free = "answers that differ from fp32's, weighed by fp32's margin"
 
-    def __init__(self, directory: Path, task: QuestionAnswering, rows: Sequence[Example]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        task: QuestionAnswering,
+        rows: Sequence[Example],
+        at_hand: Callable[[], Sequence[Example]],
+    ) -> None:
+        """``at_hand`` returns the questions to compare answers on where ``rows`` are too few."""
         super().__init__(directory)
         self._task, self._rows = task, rows
-        self._pairs = [(row.question, row.context) for row in rows]
+        self._pairs = _pairs(rows)
+        self._at_hand = functools.cache(lambda: list(dict.fromkeys(_pairs(at_hand()))))
+        self._expected_at_hand: Callable[[], list[Found | DataError]] | None = None
 
     def measure(self, raw: list[Found]) -> dict[str, Any]:
         return answer_metrics(self._task, raw, self._rows)
@@ -165,7 +178,13 @@ class _Grader(EncoderGrader[list[Found]]):
     def grade_checkpoint(self, reference: Answerer) -> None:
         results = reference.try_all(self._pairs)
         stop_at_no_number([row.origin for row in self._rows], results)
+        self._expected_at_hand = functools.cache(lambda: reference.try_all(self._at_hand(), top_k=COMPARED))
         self.enter("fp32", "pytorch", as_found(results))
+
+    def lost_without_labels(self, engine: Engine) -> float:
+        assert self._expected_at_hand is not None, "the checkpoint is graded first"
+        answerer = load_answerer(self._directory, self._task, engine)
+        return lost_points(self._task, self._expected_at_hand(), answerer.try_all(self._at_hand(), top_k=COMPARED))
 
     def outputs(self, engine: Engine) -> list[Found]:
         return self._found(load_answerer(self._directory, self._task, engine))
@@ -178,6 +197,10 @@ class _Grader(EncoderGrader[list[Found]]):
 
     def _found(self, answerer: Answerer) -> list[Found]:
         return found_for(answerer, self._pairs, lambda done, of: None)
+
+
+def _pairs(rows: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(row.question, row.context) for row in rows]
 
 
 def _rows(folder: Path, source: str | None, split: str, options: CalibrationOptions) -> list[Example]:
