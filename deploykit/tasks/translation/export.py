@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,10 @@ from deploykit.quantization.calibration import Calibration, calibrate_named
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
-from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES
+from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES, load_decode_model
 from deploykit.runtime.engines.native.weights import int8_layers
 from deploykit.runtime.engines.onnxruntime import int8_kernels
-from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.engines.protocol import DecodeLimits, Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 from deploykit.tasks.answer_each import Refusal, answer_each, stop_at_no_number
@@ -46,7 +47,12 @@ from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs
 from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 from deploykit.tasks.translation.facts import Translation
-from deploykit.tasks.translation.forced_decoding import ForcedTranslation, greedy_translations, log_probabilities
+from deploykit.tasks.translation.forced_decoding import (
+    ForcedTranslation,
+    divergences,
+    greedy_translations,
+    log_probabilities,
+)
 from deploykit.tasks.translation.metrics import measure_of, translation_metrics
 from deploykit.tasks.translation.optimum import write_optimum
 from deploykit.tasks.translation.pairs import Pair
@@ -62,6 +68,8 @@ from deploykit.text import normalize
 
 _PARITY_ROWS = 128
 _MEASURED_ROWS = 500  # PyTorch is measured too, and takes minutes for more
+_FORCED, _FORCED_AT_ONCE = 200, 64
+"""Texts whose fp32 translations are compared token by token, and how many of them at once."""
 _CACHES = "caches"
 _TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
 """Precision of an engine -> type of its layers that are not INT8."""
@@ -246,13 +254,13 @@ class _Grader(Grader[list[str]]):
     """Measures translations row by row."""
 
     figures = ("bleu", "chrf")
+    label_free = "KL divergence of the next token from fp32 (times 100)"
 
     def __init__(self, directory: Path, task: Translation, rows: Sequence[Pair]) -> None:
         super().__init__()
         self._directory, self._task = directory, task
         self._origins = [pair.origin for pair in rows]
         self._sources, self._targets = [pair.source for pair in rows], [pair.target for pair in rows]
-        self._sample: list[ForcedTranslation] = []
 
     def measure(self, raw: list[str]) -> dict[str, Any]:
         return translation_metrics(raw, self._targets, self._sources, self._task.target)
@@ -277,35 +285,64 @@ class _Grader(Grader[list[str]]):
         kernels = sum(int8_kernels(self._directory / file) for file in files[:2]) if precision == "int8" else 0
         if precision == "int8" and kernels == 0:
             raise ExportError("ONNX Runtime runs none of the layers in INT8", "upgrade onnxruntime")
-        lines = [self.enter(precision, TRANSLATION_ENGINE, self._texts(self._load(files)), kernels)]
+        forms: dict[str, tuple[Sequence[str], int]] = {TRANSLATION_ENGINE: (files, kernels)}
         if precision == "int8" and ENGINES["native"].installed and (self._directory / NATIVE_FILE).exists():
-            layers = int8_layers(self._directory / NATIVE_FILE)
-            lines.append(self.enter(precision, "native", self._texts(self._load([NATIVE_FILE], "native")), layers))
+            forms["native"] = ([NATIVE_FILE], int8_layers(self._directory / NATIVE_FILE))
+
+        def lost() -> float:
+            return max(self.lost_without_labels(names, engine) for engine, (names, _) in forms.items())
+
+        lines = [
+            self.enter(precision, engine, self._texts(self._load(names, engine)), layers, lost)
+            for engine, (names, layers) in forms.items()
+        ]
         return max(lines, key=self.drop)
 
     def grade_for_tensorrt(self, precision: str) -> Line:
         """Grade the graphs that TensorRT engines are built from, run by ONNX Runtime on the CPU."""
-        translator = self._load(TRANSLATOR_GRAPHS[precision])
-        return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
+        files = TRANSLATOR_GRAPHS[precision]
+        lost = partial(self.lost_without_labels, files)
+        return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(self._load(files)), without_labels=lost)
 
     def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
         """Grade the TensorRT engines of encoder and decoder on this machine's GPU."""
-        translator = self._load([record.file for record in records], "tensorrt")
+        files = [record.file for record in records]
         gemms = sum(record.int8_gemms for record in records)
-        return self.enter(precision, "tensorrt", self._texts(translator), gemms)
+        lost = partial(self.lost_without_labels, files, "tensorrt")
+        return self.enter(precision, "tensorrt", self._texts(self._load(files, "tensorrt")), gemms, lost)
 
     def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
         """Return the log-probabilities that the graphs in ``files`` assign to the fp32 translations of some rows, by
         token."""
-        if not self._sample:
-            self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
-        return log_probabilities(Seq2SeqModel(self._directory, files, available_cpus()), self._task, self._sample)
+        model = Seq2SeqModel(self._directory, files, available_cpus())
+        return log_probabilities(model, self._task, evenly(self._fp32_translations, SAMPLE))
+
+    def lost_without_labels(self, files: Sequence[str], engine: str = TRANSLATION_ENGINE) -> float:
+        """Return the points of loss that a form is expected to lose on translations that fp32 itself writes: its mean divergence."""
+        reference = Seq2SeqModel(self._directory, TRANSLATION_FILES["fp32"], available_cpus())
+        model = load_decode_model(engine, self._directory, files, available_cpus())
+        pairs, rows = self._fp32_translations, _FORCED_AT_ONCE
+        if (limits := model.limits) is not None:
+            pairs, rows = _within(pairs, limits), min(rows, limits.rows)
+        parts = (pairs[i : i + rows] for i in range(0, len(pairs), rows))
+        found = [divergences(model, reference, self._task, part) for part in parts]
+        return 100 * float(np.concatenate(found).mean())
+
+    @functools.cached_property
+    def _fp32_translations(self) -> list[ForcedTranslation]:
+        return greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, _FORCED))
 
     def _load(self, files: Sequence[str], engine: str = TRANSLATION_ENGINE) -> Translator:
         return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
 
     def _texts(self, translator: TextTranslator) -> list[str]:
         return _texts(answer_each(translator.translate, self._sources))
+
+
+def _within(pairs: Sequence[ForcedTranslation], limits: DecodeLimits) -> list[ForcedTranslation]:
+    """Return the pairs whose source is not too long, with the beginning of their translation."""
+    kept = (pair for pair in pairs if len(pair.source) <= limits.source)
+    return [ForcedTranslation(pair.source, pair.target[: limits.target]) for pair in kept]
 
 
 def _texts(found: Sequence[Translated | Refusal]) -> list[str]:
