@@ -1,13 +1,15 @@
 """Sample the next token of an answer with numpy, with the options of a request.
 
-The order of the rules is that of Hugging Face's ``generate``: logit bias, penalties, tokens that cannot come next, and
-the rules of ``token_distribution``. transformers' own need torch.
+The rules are those of Hugging Face's ``generate``, and give the same as in its order: logit bias, penalties, tokens that cannot come
+next, and the rules of ``token_distribution``. transformers' own need torch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.engines.native.sampling import native_draw
-from deploykit.runtime.finite import check_highest
+from deploykit.runtime.finite import NoNumberError, check_highest
+from deploykit.runtime.penalties import Penalties
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.token_distribution import distribution, draw
 
@@ -51,10 +54,8 @@ class Sampler:
         constraint: Constraint | None = None,
     ) -> None:
         self._sampling = sampling
-        self._seen = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1 else None
-        self._counts: dict[int, int] = {}
+        self._penalties = Penalties(sampling, prompt) if Penalties.are_wanted(sampling) else None
         self._chosen = 0
-        self._bias = dict(sampling.logit_bias)
         self._ends = np.array(sorted({*ends, *sampling.stop_token_ids}), np.int64)
         self._constraint = constraint
         self._random = np.random.default_rng((sampling.seed, answer, *prompt[-64:]))
@@ -63,7 +64,7 @@ class Sampler:
         """Return a sampler that chooses the next tokens as this one will, by the same random numbers, and leaves it as it
         is."""
         other = copy.copy(self)
-        other._counts = dict(self._counts)
+        other._penalties = None if self._penalties is None else self._penalties.copy()
         other._random = copy.deepcopy(self._random)
         other._constraint = None if self._constraint is None else self._constraint.copy()
         return other
@@ -73,44 +74,48 @@ class Sampler:
 
         Raises NoNumberError if a logit is NaN, or the highest infinite.
         """
-        check_highest(logits)
-        s = self._sampling
-        changed = self._without_ends(self._allowed(self._penalized(logits)))
-        token = int(changed.argmax()) if s.temperature == 0 else self._drawn(changed)
-        self._counts[token] = self._counts.get(token, 0) + 1
+        ends = self._ends if self._chosen < self._sampling.min_new_tokens else self._ends[:0]
+        if self._sampling.temperature == 0 and self._constraint is None and not len(ends):
+            token = self._changed(logits, _best)
+            if not math.isfinite(logits[token]):
+                raise NoNumberError
+        else:
+            check_highest(logits)
+            allowed = logits if self._constraint is None else self._constraint.mask(logits)
+            token = self._changed(allowed, partial(self._chosen_but, ends))
         self._chosen += 1
+        if self._penalties is not None:
+            self._penalties.add(token)
         if self._constraint is not None:
             self._constraint.advance(token)
         return token
 
-    def _penalized(self, logits: Logits) -> Logits:
-        s = self._sampling
-        penalizes = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
-        if not penalizes and not self._bias:
-            return logits
-        logits = logits.copy()
-        if self._bias:
-            logits[np.fromiter(self._bias, np.int64)] += np.fromiter(self._bias.values(), np.float32)
-        answered = np.fromiter(self._counts, np.int64, len(self._counts))
-        if self._seen is not None:
-            seen = np.union1d(self._seen, answered)
-            values = logits[seen]
-            logits[seen] = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
-        if penalizes and len(answered):
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-            logits[answered] -= s.presence_penalty + s.frequency_penalty * counts
-        return logits
+    def _changed(self, logits: Logits, choose: Callable[[Logits], int]) -> int:
+        """Return what ``choose`` returns for the logits after penalties. Those of masked tokens stay -inf."""
+        if self._penalties is None:
+            return choose(logits)
+        logits = _writable(logits)
+        self._penalties.apply(logits)
+        try:
+            return choose(logits)
+        finally:
+            self._penalties.undo(logits)
 
-    def _allowed(self, logits: Logits) -> Logits:
-        return logits if self._constraint is None else self._constraint.mask(logits)
+    def _chosen_but(self, ends: NDArray[np.int64], logits: Logits) -> int:
+        """Choose a token that is not one of ``ends``."""
+        if len(ends):
+            logits = _writable(logits)
+            before = logits[ends]
+            logits[ends] = -np.inf
+            try:
+                if np.isfinite(logits.max()):
+                    return self._picked(logits)
+            finally:
+                logits[ends] = before
+        return self._picked(logits)  # a fulfilled constraint may allow only the end token
 
-    def _without_ends(self, logits: Logits) -> Logits:
-        if self._chosen >= self._sampling.min_new_tokens or not len(self._ends):
-            return logits
-        banned = logits.copy()
-        banned[self._ends] = -np.inf
-        # A fulfilled constraint may allow only the end token.
-        return banned if np.isfinite(banned.max()) else logits
+    def _picked(self, logits: Logits) -> int:
+        return _best(logits) if self._sampling.temperature == 0 else self._drawn(logits)
 
     def _drawn(self, logits: Logits) -> int:
         s, uniform = self._sampling, self._random.random()
@@ -127,3 +132,12 @@ class Sampler:
         if token < 0:
             raise EngineError("the model's logits are not finite", "export the model again, in another precision")
         return token
+
+
+def _writable(logits: Logits) -> Logits:
+    """Return the logits, or a copy that the library can change."""
+    return logits if logits.flags.carray else logits.copy()
+
+
+def _best(logits: Logits) -> int:
+    return int(logits.argmax())

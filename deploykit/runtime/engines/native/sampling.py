@@ -1,10 +1,11 @@
-"""Mask logits and sample tokens with the library of the engine ``native``, for the logits of any engine."""
+"""Mask and penalize logits, and sample tokens, with the library of the engine ``native``, for the logits of any engine."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,24 @@ from deploykit.runtime.engines.protocol import Floats
 
 Mask = Callable[[Floats, NDArray[np.uint8]], Floats]
 Draw = Callable[[Floats, float, int, float, float, float, float], int]
+
+
+class PenalizedTokens(ctypes.Structure):
+    """The tokens whose logits change, and how; see ``PenalizedTokens`` in sample.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("biased", "seen", "answered", "bias", "counts", "before")),
+        *((name, ctypes.c_int32) for name in ("biased_count", "seen_count", "answered_count")),
+        *((name, ctypes.c_float) for name in ("repetition", "presence", "frequency")),
+    )
+
+
+class NativePenalties(NamedTuple):
+    """Functions that change logits, float32 [vocabulary], contiguous, in place, and change them back. All tokens must be in the
+    vocabulary."""
+
+    apply: Callable[[Floats, PenalizedTokens], None]
+    undo: Callable[[Floats, PenalizedTokens], None]
 
 
 @cache
@@ -48,6 +67,20 @@ def native_mask() -> Mask | None:
         return masked
 
     return mask
+
+
+@cache
+def native_penalties() -> NativePenalties | None:
+    """Return the functions of ``NativePenalties``, or None where the library does not run."""
+    library = _library()
+    if library is None:
+        return None
+
+    def of(function: Any) -> Callable[[Floats, PenalizedTokens], None]:
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.POINTER(PenalizedTokens)), None
+        return lambda logits, tokens: function(logits.ctypes.data, tokens)
+
+    return NativePenalties(of(library.deploykit_penalize), of(library.deploykit_unpenalize))
 
 
 @cache

@@ -1,4 +1,4 @@
-/* Sample a token from logits, with the rules of runtime/token_distribution.py. */
+/* Sample a token from logits, with the rules of runtime/token_distribution.py and runtime/penalties.py. */
 #include <math.h>
 #include <string.h>
 
@@ -155,6 +155,44 @@ API void deploykit_mask(const float *logits, int32_t n, const uint8_t *allowed, 
     for (int i = 0; i < whole; i++)
         for (int k = 0; k < 8; k++) out[8 * i + k] = masked(logits[8 * i + k], allowed[i], k);
     for (int i = 8 * whole; i < n; i++) out[i] = masked(logits[i], i / 8 < bytes ? allowed[i / 8] : 0, i % 8);
+}
+
+/* The tokens whose logits change, in this order: ``bias`` is added to those ``biased``, ``repetition`` divides the positive logits of
+ * those ``seen`` and multiplies the negative ones, and ``presence`` and ``frequency`` times their ``counts`` are subtracted from those
+ * ``answered``. ``before`` has room for the old values of all. */
+typedef struct {
+    const int32_t *biased, *seen, *answered;
+    const float *bias, *counts;
+    float *before;
+    int32_t biased_count, seen_count, answered_count;
+    float repetition, presence, frequency;
+} PenalizedTokens;
+
+API void deploykit_penalize(float *logits, const PenalizedTokens *t) {
+    float *before = t->before;
+    for (int i = 0; i < t->biased_count; i++) {
+        float *x = logits + t->biased[i];
+        *before++ = *x;
+        *x += t->bias[i];
+    }
+    for (int i = 0; i < t->seen_count; i++) {
+        float *x = logits + t->seen[i];
+        *before++ = *x;
+        *x = *x < 0 ? *x * t->repetition : *x / t->repetition;
+    }
+    for (int i = 0; i < t->answered_count; i++) {
+        float *x = logits + t->answered[i];
+        *before++ = *x;
+        *x -= t->presence + t->frequency * t->counts[i];
+    }
+}
+
+/* Undo deploykit_penalize, from the last change to the first: a token may be in several lists. */
+API void deploykit_unpenalize(float *logits, const PenalizedTokens *t) {
+    const float *before = t->before + t->biased_count + t->seen_count + t->answered_count;
+    for (int i = t->answered_count - 1; i >= 0; i--) logits[t->answered[i]] = *--before;
+    for (int i = t->seen_count - 1; i >= 0; i--) logits[t->seen[i]] = *--before;
+    for (int i = t->biased_count - 1; i >= 0; i--) logits[t->biased[i]] = *--before;
 }
 
 /* Return the bytes of memory that deploykit_draw needs for a vocabulary of ``n``. */
