@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli_parts.command import Option, Result, deploykit_command, say
+from deploykit.cli_parts.command import Command, Option, Result, deploykit_command, say
 from deploykit.cli_parts.shared_options import FORCE, OUTPUT_DIR, reading_fields
 from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
@@ -33,7 +33,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
             raise click.UsageError(str(error), ctx) from error
 
 
-class _Command(click.Command):
+class _Command(Command):
     """A command that shows its options in sections: those of every task, then those of each."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

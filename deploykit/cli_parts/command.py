@@ -29,7 +29,24 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-class RecordedCommand(click.Command):
+class Command(click.Command):
+    """A command that refuses an option given twice, of which click would silently use the last value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for option in given:
+                if isinstance(option, click.Option) and _one_value(option) and given.count(option) > 1:
+                    raise click.UsageError(f"{option.opts[0]} is given more than once; give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+def _one_value(option: click.Option) -> bool:
+    """Return whether a second use of ``option`` may contradict the first. A switch without an opposite only repeats it."""
+    return not (option.multiple or option.count or (option.is_flag and not option.secondary_opts))
+
+
+class RecordedCommand(Command):
     """A command that remembers its command line, so that a report can show how to repeat the measurement."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -75,7 +92,7 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
 
         run = click.option("--debug", is_flag=True, help="Show a traceback on errors.")(run)
         run = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(run)
-        command: click.Command = click.command(**attributes)(run)
+        command: click.Command = click.command(**{"cls": Command, **attributes})(run)
         return command
 
     return declare

@@ -125,6 +125,30 @@ def test_a_toml_file_with_the_earlier_names_is_read(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def _once(option: click.Option) -> bool:
+    return not (option.multiple or option.is_flag)
+
+
+def test_an_option_of_one_value_is_refused_the_second_time() -> None:
+    refused = 0
+    for name, command in _commands().items():
+        for option in command.params:
+            if isinstance(option, click.Option) and _once(option):
+                words = [option.opts[0], *["7"] * option.nargs]
+                earlier = [getattr(option, "aliases", ())[:1] or option.opts][0][0]
+                done = CliRunner().invoke(main, [name, *words, earlier, *words[1:]])
+                assert (done.exit_code, f"{option.opts[0]} is given more than once" in done.stderr) == (2, True), words
+                refused += 1
+    assert refused > 200
+
+
+def test_a_switch_and_its_opposite_are_refused_but_a_repeated_switch_is_not() -> None:
+    done = CliRunner().invoke(main, ["package", "no/where", "--name", "a", "--in-flight", "--no-in-flight"])
+    assert (done.exit_code, "--in-flight is given more than once" in done.stderr) == (2, True)
+    done = CliRunner().invoke(main, ["doctor", "--json", "--json"])
+    assert "more than once" not in done.stderr
+
+
 def _typed_in(text: str) -> list[list[str]]:
     """Return the words of each deploykit command on its own line, without shell syntax."""
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
