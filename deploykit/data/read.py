@@ -12,6 +12,7 @@ from typing import Any
 
 from deploykit.data.delimited import check_header, find_layout, read_delimited
 from deploykit.data.folders import folder_files, texts_by_folder
+from deploykit.data.hub import connection_fault
 from deploykit.data.open_text import COMPRESSED, is_git_lfs_pointer, plain_suffix, read_lines
 from deploykit.data.packages import import_data_package
 from deploykit.data.reading import AS_FOUND, Reading
@@ -250,14 +251,20 @@ def _saved_dataset(source: str, split: str, reading: Reading) -> Iterator[Record
 
 def _hub_dataset(source: str, split: str, reading: Reading) -> Iterator[Record]:
     datasets = import_data_package("datasets")
+
+    def not_loaded(reason: str) -> DataError:
+        return DataError(
+            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {reason}",
+            "check the path; for a hub dataset, check its id, the split and the network. For a machine without one, run "
+            f"elsewhere `hf download --repo-type dataset {source} --local-dir FOLDER`, and give that folder",
+        )
+
+    if fault := connection_fault(source, "dataset"):
+        raise not_loaded(fault)
     try:
         loaded = datasets.load_dataset(source, split=split)
     except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each has its own class.
-        raise DataError(
-            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {first_line(error)}",
-            "check the path; for a hub dataset, check its id, the split and the network. For a machine without one, run "
-            f"elsewhere `hf download --repo-type dataset {source} --local-dir FOLDER`, and give that folder",
-        ) from error
+        raise not_loaded(first_line(error)) from error
     yield from _dataset_rows(loaded, source, reading)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.data.hub import connection_fault
 from deploykit.data.open_text import is_git_lfs_pointer
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.registry import get_task, owner_of
@@ -28,13 +29,19 @@ def check_source(model: str, task: str | None = None) -> None:
     """Refuse a folder that cannot be a checkpoint, before minutes are spent on data.
 
     Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, or, when ``task`` is named,
-    a checkpoint for another task. A name that is not a folder is treated as a hub id and checked when it is loaded.
+    a checkpoint for another task. A name that is not a folder is treated as a hub id and checked when it is loaded, if the
+    hub can be reached.
     """
     path = Path(model)
     if not path.exists():
         beside_artifacts = any(path.parent.glob(f"*/{MANIFEST}")) if len(path.parts) == 2 else False
         if beside_artifacts or model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
             raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
+        if fault := connection_fault(model):
+            raise ArtifactError(
+                f"{model}: is not a local folder, and cannot be fetched from the hub: {fault}",
+                "check the name and the network, or give the folder of a checkpoint",
+            )
         return
     if path.suffix == ".gguf" and path.is_file():
         _check_gguf(path, task)
