@@ -16,6 +16,8 @@ from deploykit.hardware import threads_of_each
 from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
+ERROR = "ERROR"
+"""The output that says why a row has no answer."""
 
 _MOST_BYTES = 2000
 """Maximum bytes of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata, with three bytes
@@ -63,7 +65,7 @@ class Rows:
     """The texts of one request in the input ``name``, with an error ("" for none) for each row.
 
     With ``pair``, the name of a second input, a row is the two texts that ``join`` makes one. Raises RefusedError when no
-    row is valid.
+    row is valid, and when a row is not and the request does not want the output that says so.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Rows:
         pair: str = "",
         join: Callable[[str, str], str] = "{}{}".format,
     ) -> None:
-        self._name = name
+        self._name, self._request = name, request
         self._texts, self.errors = _texts(request, name)
         if pair:
             others, errors = _texts(request, pair)
@@ -98,6 +100,11 @@ class Rows:
         if not self.good:
             raise RefusedError(
                 f"row 0 of {self._name}: {self.errors[0]}" if self.errors else f"{self._name} has no rows"
+            )
+        if len(self.good) < len(self.errors) and ERROR not in self._request.requested_output_names():
+            row, error = next((row, error) for row, error in enumerate(self.errors) if error)
+            raise RefusedError(
+                f"row {row} of {self._name}: {error}; request the output {ERROR} too, to get the answers of the other rows"
             )
 
 

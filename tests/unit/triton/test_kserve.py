@@ -150,6 +150,8 @@ def test_one_bad_row_has_an_error_of_its_own(ask: Ask) -> None:
         (of(["w1"], parameters=3), 400, "parameters"),
         (of(["w1"], parameters={"top_k": 0}), 400, "top_k"),
         (of(["\ud800"]), 400, "row 0 of TEXT: the text is not UTF-8"),
+        (of(["w1", "\ud800"], outputs=[{"name": "SCORES"}]), 400, "row 1 of TEXT: the text is not UTF-8"),
+        (of(["w1", "\ud800"], outputs=[{"name": "SCORES"}, {"name": "ERROR"}]), 200, "the text is not UTF-8"),
     ],
 )
 def test_bad_requests_are_refused_and_the_connection_goes_on(ask: Ask, content: Any, status: int, named: str) -> None:
