@@ -216,6 +216,23 @@ def test_a_compressed_request_that_grows_without_end_is_refused(server: TritonSe
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_damaged_compressed_request_is_refused(server: TritonServer, encoding: str) -> None:
+    compress = gzip.compress if encoding == "gzip" else zlib.compress
+    whole = compress(json.dumps(body(["w1 w2"])).encode())
+    for damaged in (b"nothing", whole[:-4] + bytes(4)):
+        status, answer = _send(server, damaged, {"Content-Encoding": encoding})
+        assert (status, "decompression failed" in answer) == (400, True), answer
+
+
+def test_a_request_without_a_body_is_refused_but_a_text_as_the_body_is_answered(server: TritonServer) -> None:
+    status, answer = _send(server, b"", {})
+    assert (status, "the request has no body" in answer) == (400, True), answer
+    assert _send(server, gzip.compress(b""), {"Content-Encoding": "gzip"})[0] == 400
+    headers = ["inference-header-content-length: 0", "content-length: 5"]
+    assert _send_raw(server, headers, b"w1 w2", until=b"\r\n").split()[1] == b"200"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_a_compressed_request_is_answered(server: TritonServer, encoding: str) -> None:
     compress = gzip.compress if encoding == "gzip" else zlib.compress
     words = " ".join(f"w{i * 7919 % 1000}" for i in range(100_000))

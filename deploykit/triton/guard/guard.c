@@ -7,7 +7,8 @@
 // TRITONSERVER_DataTypeByteSize, TRITONSERVER_InferenceResponseOutput, TRITONSERVER_InferenceRequestNew: asked for the classes
 //   of an output of texts (the parameter "classification"), Triton divides by the size of a text, 0, and ends. While it
 //   writes an answer the size is 1 here; it then says that there are no classes.
-// inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
+// inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here, and so is a
+//   damaged one: Triton would answer the part before the damage, and an empty text if there is none.
 // TRITONSERVER_ErrorCode: Triton reports some errors of the client as internal, and a model that is being loaded again as
 //   internal or not found. Here they get the code that clients understand: 400, or 503, after which clients retry.
 // TRITONSERVER_ErrorDelete: Triton asks for the code of an answer's error on /generate after it has deleted the error, so any
@@ -26,7 +27,8 @@
 //   see cancelled.c.
 // pthread_cond_clockwait: requests do not wait for a wake-up that Triton missed; see missed.c.
 // sem_timedwait, fork: a stopped model process does not count as dead; see stopped.c.
-// TRITONSERVER_InferenceRequestAppendInputData: requests whose strings are not complete are refused; see incomplete.c.
+// TRITONSERVER_InferenceRequestAppendInputData, TRITONSERVER_InferenceRequestAddRawInput: requests whose strings are not complete,
+//   and requests without a body, are refused; see incomplete.c.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -155,12 +157,14 @@ EXPORTED uint32_t TRITONSERVER_DataTypeByteSize(int datatype) {
   return size == 0 && answering ? 1 : size;
 }
 
-// Triton ignores all errors of inflate except STREAM_ERROR.
+// Triton ignores all errors of inflate except STREAM_ERROR, and reads what was unpacked before them. BUF_ERROR only means that the
+// input of one call is used up.
 EXPORTED int inflate(ZStream *stream, int flush) {
   static int (*next)(ZStream *, int);
   if (next == NULL) next = (int (*)(ZStream *, int))dlsym(RTLD_NEXT, __func__);
   int result = next(stream, flush);
   if (stream->total_out > ALWAYS_ALLOWED && stream->total_out / MAX_RATIO > stream->total_in) return STREAM_ERROR;
+  if (result == NEED_DICT || (result < 0 && result != BUF_ERROR)) return STREAM_ERROR;
   return result;
 }
 
@@ -199,6 +203,8 @@ EXPORTED void TRITONSERVER_ErrorDelete(Error *error) {
 
 static const char *const clearer[][2] = {
     {"attempt to get members for non-object", "the body is not a JSON object"},
+    {"encountered inconsistent stream state during decompression",
+     "decompression failed: the compressed body is damaged, or unpacks to more than 64 times its size"},
     {"Unable to parse JSON bytes array: attempt to access JSON non-string as string",
      "an input that takes a text ('text_input', 'messages' or 'sampling_parameters' of a language model) has another value: "
      "give a string"},

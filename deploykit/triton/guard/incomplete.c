@@ -1,5 +1,5 @@
 // Check inputs of texts when they are added to a request: the Python backend of Triton 2.51 answers a whole batch with the error
-// of one request whose strings are not complete.
+// of one request whose strings are not complete. And Triton takes a request without a body for a text without characters.
 
 #define _GNU_SOURCE
 #include "incomplete.h"
@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { MAX_INPUTS = 16, MAX_NAME = 64 };
+enum { MAX_INPUTS = 16, MAX_NAME = 64, LENGTH_BYTES = 4 };
 
 typedef struct {
   char name[MAX_NAME];
@@ -23,8 +23,10 @@ typedef struct {
 // A request is made and submitted in one thread.
 static __thread Strings inputs[MAX_INPUTS];
 static __thread int count;
+static __thread int raw;             // the body of the request is its only input
+static __thread uint64_t raw_bytes;  // with the length that Triton puts before a text
 
-void begin_strings(void) { count = 0; }
+void begin_strings(void) { count = 0, raw = 0, raw_bytes = 0; }
 
 void expect_strings(const char *name, int64_t wanted) {
   if (count == MAX_INPUTS || strlen(name) >= MAX_NAME) return;
@@ -38,7 +40,7 @@ static void read_strings(Strings *input, const uint8_t *bytes, uint64_t size) {
       input->too_much = 1;
       return;
     }
-    if (input->length_bytes < 4) {
+    if (input->length_bytes < LENGTH_BYTES) {
       input->length |= (uint32_t)*bytes++ << 8 * input->length_bytes++;
       size--;
       input->left = input->length;
@@ -46,7 +48,7 @@ static void read_strings(Strings *input, const uint8_t *bytes, uint64_t size) {
       uint64_t part = input->left < size ? input->left : size;
       bytes += part, size -= part, input->left -= part;
     }
-    if (input->length_bytes == 4 && input->left == 0) {
+    if (input->length_bytes == LENGTH_BYTES && input->left == 0) {
       input->complete++;
       input->length = 0, input->length_bytes = 0;
     }
@@ -63,6 +65,7 @@ static Strings *find(const char *name) {
 enum { GPU = 2 };
 
 static void note_data(const char *name, const void *base, size_t size, int memory) {
+  raw_bytes += size;
   Strings *input = find(name);
   if (input == NULL) return;
   if (memory == GPU) {
@@ -70,6 +73,13 @@ static void note_data(const char *name, const void *base, size_t size, int memor
   } else {
     read_strings(input, base, size);
   }
+}
+
+EXPORTED Error *TRITONSERVER_InferenceRequestAddRawInput(void *request, const char *name) {
+  static Error *(*next)(void *, const char *);
+  if (next == NULL) *(void **)&next = dlsym(RTLD_NEXT, __func__);
+  raw = 1;
+  return next(request, name);
 }
 
 EXPORTED Error *TRITONSERVER_InferenceRequestAppendInputData(void *request, const char *name, const void *base, size_t size,
@@ -99,6 +109,7 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAppendInputDataWithBufferAttributes
 
 const char *incomplete_strings(void) {
   static __thread char message[200];
+  if (raw && raw_bytes <= LENGTH_BYTES) return "the request has no body: send JSON";
   const char *found = NULL;
   for (int i = 0; i < count && found == NULL; i++) {
     const Strings *input = &inputs[i];

@@ -15,7 +15,7 @@ Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, in
 int TRITONSERVER_ErrorCode(Error *error);
 const char *TRITONSERVER_ErrorMessage(Error *error);
 
-enum { STREAM_ERROR = -2 };  // Z_STREAM_ERROR
+enum { NEED_DICT = 2, STREAM_ERROR = -2, BUF_ERROR = -5 };  // Z_NEED_DICT and so on
 
 typedef struct {  // the beginning of z_stream
   const unsigned char *next_in;
