@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,13 +128,25 @@ def _texts(request: Any, name: str) -> tuple[list[str], list[str]]:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """Return the request parameters that the client sent. Raises RefusedError if they are not UTF-8."""
+    """Return the request parameters that the client sent, without those for Triton. Raises RefusedError if they are not UTF-8.
+
+    Triton makes parameters of what /generate gets besides the inputs, the request's id included.
+    """
     try:
         text = request.parameters()
     except UnicodeDecodeError as fault:
         raise RefusedError(f"the name or the text of a parameter is not UTF-8: {fault.reason}") from None
-    given: dict[str, Any] = json.loads(text) if text not in ("", "{}") else {}
-    return given
+    if text in ("", "{}"):
+        return {}
+    return {name: value for name, value in json.loads(text).items() if name != "id" and not name.startswith("triton_")}
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], earlier: Collection[str] = ()) -> None:
+    """Raise RefusedError for a parameter that is neither in ``known`` nor in ``earlier``, names that still work."""
+    names = list(known)
+    for name in given:
+        if name not in names and name not in earlier:
+            raise RefusedError(f"unknown parameter {name}: known ones are {', '.join(names)}")
 
 
 def strings(name: str, values: Iterable[str]) -> Any:

@@ -32,6 +32,8 @@ _BINARY_HEADER = "Inference-Header-Content-Length"
 _PATH = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<what>/config|/ready|/infer)?")
 _STATUS = {TritonError.INVALID_ARG: 400, TritonError.NOT_FOUND: 404, TritonError.UNAVAILABLE: 503}
 _DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_FP32": "FP32", "TYPE_INT32": "INT32"}
+_OF_SERVER = {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
+"""Request parameters that Triton does not pass to a model."""
 _OF_ARRAYS = {"O": "BYTES", "f": "FP32", "i": "INT32"}  # numpy dtype kind -> Triton data type
 
 
@@ -81,7 +83,8 @@ def _answer(model: InProcessModel, method: str, path: str, body: bytes, header_l
     request = _read_request(body, header_length)
     texts = _texts(request, body, header_length, model)
     wanted = _requested_outputs(request, model)
-    response = model.infer(InferenceRequest(texts, list(wanted), _parameters(request)))
+    parameters = {name: value for name, value in _parameters(request).items() if name not in _OF_SERVER}
+    response = model.infer(InferenceRequest(texts, list(wanted), parameters))
     if (error := response.error()) is not None:
         raise _Bad(error.message(), _STATUS.get(error.code(), 500))
     return _write_response(model, request.get("id"), response, wanted)

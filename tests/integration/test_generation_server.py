@@ -459,7 +459,7 @@ def test_parameters_of_the_request_are_those_of_sampling(server: TritonServer, l
     """As Triton's vLLM backend is asked."""
     for body in (
         {"parameters": {"max_tokens": 3, "temperature": 0.5, "seed": 4, "exclude_input_in_output": True}},
-        {"max_tokens": 3, "temperature": 0.5, "seed": 4, "exclude_input_in_output": True},
+        {"max_tokens": 3, "temperature": 0.5, "seed": 4, "exclude_input_in_output": True, "id": "of the request"},
     ):
         request = urllib.request.Request(
             f"{server.urls.http}/v2/models/lm/generate", json.dumps({"text_input": "list the", **body}).encode()

@@ -144,6 +144,7 @@ def test_plain_json_is_answered(server: TritonServer, expected: np.ndarray[Any, 
         (body(["a"], parameters={"top_k": 0}), {400}, "top_k must be an integer from 1, not 0"),
         (body(["a"], parameters={"top_k": "many"}), {400}, "top_k"),
         (body(["a"], parameters={"top_k": True}), {400}, "top_k"),
+        (body(["a"], parameters={"topk": 1}), {400}, "unknown parameter topk"),
     ],
     ids=[
         "name",
@@ -155,6 +156,7 @@ def test_plain_json_is_answered(server: TritonServer, expected: np.ndarray[Any, 
         "top_k 0",
         "top_k text",
         "top_k bool",
+        "unknown parameter",
     ],
 )
 def test_a_wrong_request_is_refused_by_name(

@@ -27,6 +27,7 @@ from deploykit.runtime.triton_requests import (
     cpu_threads,
     number_parameter,
     parameters_of,
+    refuse_unknown,
     repeated,
     strings,
 )
@@ -133,7 +134,9 @@ class ClassificationBackend:
 
     def _top_k(self, request: Any) -> int:
         """Return the request parameter ``top_k``; absent or above their number, all labels."""
-        given = parameters_of(request).get("top_k", len(self._labels))
+        parameters = parameters_of(request)
+        refuse_unknown(parameters, ("top_k",))
+        given = parameters.get("top_k", len(self._labels))
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise RefusedError(f"parameter top_k must be an integer from 1, not {given!r}")
         return min(given, len(self._labels))

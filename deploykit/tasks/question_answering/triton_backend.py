@@ -24,6 +24,7 @@ from deploykit.runtime.triton_requests import (
     number_parameter,
     numbers,
     parameters_of,
+    refuse_unknown,
     strings,
 )
 from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswering
@@ -74,7 +75,9 @@ class QuestionAnsweringBackend:
                     raise CancelledError
                 rows = Rows(request, "QUESTION")
                 pairs = _pairs(request, rows)
-                accepted.setdefault((_top_k(request), _threshold(request)), []).append((i, rows, pairs))
+                given = parameters_of(request)
+                refuse_unknown(given, ("top_k", "no_answer_threshold"))
+                accepted.setdefault((_top_k(given), _threshold(given)), []).append((i, rows, pairs))
             except RefusedError as refusal:
                 responses[i] = refusal.response()
         for (top_k, threshold), group in accepted.items():
@@ -159,17 +162,17 @@ def _pairs(request: Any, rows: Rows) -> list[Pair]:
     return [(question, contexts[row]) for row, question in zip(rows.good, rows.texts)]
 
 
-def _top_k(request: Any) -> int:
+def _top_k(parameters: Mapping[str, Any]) -> int:
     """Return the request parameter ``top_k``, by default 1."""
-    given = parameters_of(request).get("top_k", 1)
+    given = parameters.get("top_k", 1)
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_ANSWERS:
         raise RefusedError(f"parameter top_k must be an integer from 1 to {MOST_ANSWERS}, not {given!r}")
     return given
 
 
-def _threshold(request: Any) -> float | None:
+def _threshold(parameters: Mapping[str, Any]) -> float | None:
     """Return the request parameter ``no_answer_threshold``, a number or its decimal text; None for the model's own."""
-    given = parameters_of(request).get("no_answer_threshold")
+    given = parameters.get("no_answer_threshold")
     if given is None:
         return None
     try:

@@ -180,9 +180,7 @@ class _Asked:
         given = {} if given is None else given
         if not isinstance(given, dict):
             raise RefusedError("sampling_parameters is not a JSON object")
-        # Triton makes parameters of what /generate gets besides the inputs; some are its own.
-        other = {name: value for name, value in parameters_of(request).items() if not name.startswith("triton_")}
-        given = {**other, **given}
+        given = {**parameters_of(request), **given}
         self.echo = self._given_flag(given, "echo")
         self._given = given
         self.stream = self._flag("stream")

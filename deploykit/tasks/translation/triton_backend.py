@@ -35,6 +35,7 @@ from deploykit.runtime.triton_requests import (
     number_parameter,
     numbers,
     parameters_of,
+    refuse_unknown,
     strings,
     text_parameter,
 )
@@ -123,10 +124,7 @@ class TranslationBackend:
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput, Split]:
         """Parse the request parameters. Raises RefusedError naming the first that is unknown or wrong."""
-        for name in given:
-            if name not in (*PARAMETERS, *RENAMED, _LONG_INPUT, _SPLIT):
-                known = ", ".join((*PARAMETERS, _LONG_INPUT, _SPLIT))
-                raise RefusedError(f"unknown parameter {name}: known ones are {known}")
+        refuse_unknown(given, (*PARAMETERS, _LONG_INPUT, _SPLIT), RENAMED)
         long_input, split = self._long_input, self._split
         try:
             if _SPLIT in given:

@@ -113,6 +113,8 @@ def test_tritons_own_client_is_answered_in_json_and_in_binary(server: KServeServ
     assert answers[0][1].shape == (2, 2)
     for binary_part, json_part in zip(*answers):
         np.testing.assert_array_equal(binary_part, json_part)
+    # Without outputs, the client requests all with a parameter that is not the model's.
+    assert client.infer("tiny", [text], priority=1, timeout=1000).as_numpy("LABEL").shape == (2, 1)
     with pytest.raises(InferenceServerException, match="unknown model: 'other'"):
         client.infer("other", [text])
     client.close()
@@ -149,6 +151,7 @@ def test_one_bad_row_has_an_error_of_its_own(ask: Ask) -> None:
         (of(["w1"], outputs="LABEL"), 400, "outputs"),
         (of(["w1"], parameters=3), 400, "parameters"),
         (of(["w1"], parameters={"top_k": 0}), 400, "top_k"),
+        (of(["w1"], parameters={"topk": 2}), 400, "unknown parameter topk: known ones are top_k"),
         (of(["\ud800"]), 400, "row 0 of TEXT: the text is not UTF-8"),
         (of(["w1", "\ud800"], outputs=[{"name": "SCORES"}]), 400, "row 1 of TEXT: the text is not UTF-8"),
         (of(["w1", "\ud800"], outputs=[{"name": "SCORES"}, {"name": "ERROR"}]), 200, "the text is not UTF-8"),
