@@ -9,7 +9,7 @@ from typing import Any
 from deploykit.openai.collect_answers import DONE, Pieces, Usage, collect_all, event, head, merged
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.generator import Piece
-from deploykit.openai.logprobs import completion_logprobs
+from deploykit.openai.logprobs import CompletionLogprobs
 
 
 async def completion(body: CompletionBody, prompts: Sequence[Pieces]) -> dict[str, Any]:
@@ -60,12 +60,10 @@ class _Choice:
     def __init__(self, body: CompletionBody, index: int) -> None:
         self.ended = False
         self._index = index
-        self._with_logprobs = body.logprobs is not None
-        self._offset = 0  # characters of the tokens sent
+        self._logprobs = None if body.logprobs is None else CompletionLogprobs()
 
     def new(self, text: str, finish: str, tokens: Sequence[Any]) -> dict[str, Any]:
         """Return the next part; ``finish`` is "" while the answer continues."""
-        logprobs = completion_logprobs(tokens, self._offset) if self._with_logprobs else None
-        self._offset += sum(len(token["token"]) for token in tokens)
+        logprobs = self._logprobs and self._logprobs.add(tokens)
         self.ended = bool(finish)
         return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish or None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,37 @@ def _entry(token: Token) -> dict[str, Any]:
     }
 
 
-def completion_logprobs(tokens: Iterable[Token], offset: int) -> dict[str, Any]:
-    """Return the ``logprobs`` of a completion's choice; ``offset``: the characters of the text before them."""
-    found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
-        found["tokens"].append(token["token"])
-        found["token_logprobs"].append(token["logprob"])
-        found["top_logprobs"].append({top["token"]: top["logprob"] for top in token["top"]} or None)
-        found["text_offset"].append(offset)
-        offset += len(token["token"])
+class CompletionLogprobs:
+    """The ``logprobs`` of a completion's choice, whose tokens may come in parts."""
+
+    def __init__(self) -> None:
+        self._characters = 0  # of the tokens before, without the bytes of one that is not complete
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: Iterable[Token]) -> dict[str, Any]:
+        """Return the ``logprobs`` of the next tokens. ``text_offset`` is the place in the text of a token's first character."""
+        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            found["tokens"].append(_name(token))
+            found["token_logprobs"].append(token["logprob"])
+            found["top_logprobs"].append(_by_name(token["top"]) or None)
+            found["text_offset"].append(self._characters)
+            self._characters += len(self._utf8.decode(bytes(token["bytes"])))
+        return found
+
+
+def _name(token: Token) -> str:
+    """Return the token's text; of a part of a character its bytes, as OpenAI writes them: all such texts are U+FFFD."""
+    data = bytes(token["bytes"])
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    return str(token["token"])
+
+
+def _by_name(top: Iterable[Token]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for token in top:  # the likeliest first; tokens of one text may differ in their ids
+        found.setdefault(_name(token), token["logprob"])
     return found

@@ -160,7 +160,8 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: GenerationRequ
     field = _field(message, asked)
     if field == "min_tokens":  # it is compared with another field
         message = _LIMITS.sub(r"\1_tokens", message)
-    return ApiError(message, param=field, code="invalid_value")
+    code_of_api = "context_length_exceeded" if "the model's context holds" in message else "invalid_value"
+    return ApiError(message, param=field, code=code_of_api)
 
 
 def _field(message: str, asked: GenerationRequest) -> str | None:

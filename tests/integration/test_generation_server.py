@@ -453,6 +453,7 @@ def test_what_the_model_refuses_is_named_by_field(url: str, body: dict[str, Any]
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert re.search(told, error["message"])
+    assert error["code"] == ("context_length_exceeded" if "holds" in told else "invalid_value")
 
 
 def test_parameters_of_the_request_are_those_of_sampling(server: TritonServer, local: LocalGenerator) -> None:
