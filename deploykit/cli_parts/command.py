@@ -30,9 +30,18 @@ def say(message: str) -> None:
 
 
 class Command(click.Command):
-    """A command that refuses an option given twice, of which click would silently use the last value."""
+    """A command that refuses an option given twice, of which click would silently use the last value, and names that are not
+    UTF-8, which neither ONNX and safetensors nor a manifest can have."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                shown = os.fsencode(word).decode(errors="backslashreplace")
+                raise click.UsageError(
+                    f"{shown} is not UTF-8; rename the file or folder, or correct the text", ctx
+                ) from None
         if not ctx.resilient_parsing:
             _, _, given = self.make_parser(ctx).parse_args(list(args))
             for option in given:

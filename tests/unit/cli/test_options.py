@@ -149,6 +149,12 @@ def test_a_switch_and_its_opposite_are_refused_but_a_repeated_switch_is_not() ->
     assert "more than once" not in done.stderr
 
 
+def test_a_name_that_is_not_utf_8_is_refused() -> None:
+    for words in (["export", "a", "--output-dir", "b\udcff"], ["predict", "a\udcff", "text"]):
+        done = CliRunner().invoke(main, words)
+        assert (done.exit_code, "\\xff is not UTF-8" in done.stderr) == (2, True), words
+
+
 def _typed_in(text: str) -> list[list[str]]:
     """Return the words of each deploykit command on its own line, without shell syntax."""
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
