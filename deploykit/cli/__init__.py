@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from deploykit import __version__
+from deploykit.cli_parts.command import open_standard_streams
 from deploykit.errors import DeploykitError
 
 # command -> its line in `deploykit --help`; the module is imported only when the command runs
@@ -55,6 +56,10 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"{error.message}; {error.remedy}", ctx) from error
         command: click.Command = module.command
         return command
+
+    def main(self, *args: Any, **attributes: Any) -> Any:
+        open_standard_streams()
+        return super().main(*args, **attributes)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

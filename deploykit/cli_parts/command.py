@@ -35,19 +35,29 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for word in args:
-            try:
-                word.encode()
-            except UnicodeEncodeError:
-                shown = os.fsencode(word).decode(errors="backslashreplace")
-                raise click.UsageError(
-                    f"{shown} is not UTF-8; rename the file or folder, or correct the text", ctx
-                ) from None
+            _check_decoded(word, ctx)
         if not ctx.resilient_parsing:
             _, _, given = self.make_parser(ctx).parse_args(list(args))
             for option in given:
                 if isinstance(option, click.Option) and _one_value(option) and given.count(option) > 1:
                     raise click.UsageError(f"{option.opts[0]} is given more than once; give it once", ctx)
         return super().parse_args(ctx, args)
+
+
+def _check_decoded(word: str, ctx: click.Context) -> None:
+    """Raise click.UsageError for a word that Python could not decode."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        data = os.fsencode(word)
+    else:
+        return
+    try:
+        shown = data.decode()
+    except UnicodeDecodeError:
+        shown = data.decode(errors="backslashreplace")
+        raise click.UsageError(f"{shown} is not UTF-8; rename the file or folder, or correct the text", ctx) from None
+    raise click.UsageError(f"the locale has no letters for {shown}; set LC_ALL=C.UTF-8", ctx)
 
 
 def _one_value(option: click.Option) -> bool:
@@ -93,6 +103,8 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
                     raise
                 if refused := write_refusal(error):
                     _fail(refused.message, refused.remedy, refused.exit_code, as_json=as_json)
+                if isinstance(error, FileNotFoundError) and not _working_directory_exists():
+                    _fail("the working directory was removed", "change to one that exists", 1, as_json=as_json)
                 what = str(error).strip() or type(error).__name__
                 _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
             _print(result if as_json else text, as_json=as_json)
@@ -105,6 +117,21 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
         return command
 
     return declare
+
+
+def _working_directory_exists() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def open_standard_streams() -> None:
+    """Open standard streams that are closed (``>&-``), without effect. Else files would get their numbers, and what libraries print."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 from typing import IO
 
 import pytest
 from click.testing import CliRunner
 
 from deploykit.cli import main
+from deploykit.cli_parts.command import Result, deploykit_command
 
 RED = b"\x1b[1;31m"
 COMMAND = (sys.executable, "-m", "deploykit", "predict", "--model", "no/where", "hello")
@@ -88,3 +90,40 @@ def test_ctrl_c_before_a_command_runs_is_an_interruption(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib, "import_module", interrupt)
     done = CliRunner().invoke(main, ["inspect", "x"])
     assert (done.exit_code, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_closed_standard_streams_give_their_numbers_to_no_file(tmp_path: Path) -> None:
+    program = (
+        "import os; from deploykit.cli import main; main(['--version'], standalone_mode=False); "
+        "open('opened', 'w').write(str(os.open('.', os.O_RDONLY)))"
+    )
+    words = ("bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program)
+    done = subprocess.run(words, cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert int((tmp_path / "opened").read_text()) > 2
+
+
+def test_a_result_for_a_closed_stdout_is_no_error() -> None:
+    words = ("bash", "-c", 'exec "$0" -m deploykit doctor --json >&-', sys.executable)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_removed_working_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @deploykit_command(name="where")
+    def command() -> Result:
+        return {}, os.getcwd()
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = CliRunner().invoke(command)
+    assert (done.exit_code, "the working directory was removed" in done.stderr) == (1, True)
+
+
+def test_a_text_that_the_locale_has_no_letters_for_is_refused() -> None:
+    """Python keeps such a text as bytes, and click replaces them."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "deploykit", "predict", "no/where", "é"]
+    done = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert (done.returncode, b"set LC_ALL=C.UTF-8" in done.stderr) == (2, True)
