@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ _REFUSALS: Mapping[int | None, tuple[str, str]] = {
     errno.EACCES: ("permission denied", "write to a folder you own"),
     errno.EPERM: ("permission denied", "write to a folder you own"),
     errno.EEXIST: ("a file is in the place of a folder", "check the path"),
+    errno.ENAMETOOLONG: ("the name is too long", "give a shorter one"),
+    errno.ELOOP: ("a symbolic link leads to itself", "check the path"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "check the path"),
 }
 
@@ -273,14 +276,14 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     content is the same.
     """
     out = Path(os.path.abspath(out))
-    before = _identity(out)
     with explained(out):
+        before = _identity(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         temporary, held = _temporary_directory(out)
     try:
-        temporary.chmod(0o755)
         with explained(out):
+            temporary.chmod(_usual_mode(temporary))
             yield temporary
             for path in _files_of(temporary):
                 _sync(path)
@@ -303,6 +306,15 @@ def _temporary_directory(out: Path) -> tuple[Path, int | None]:
             return temporary, held
         if held is not None:
             os.close(held)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the permissions of a new folder in ``folder``, which depend on the umask. ``mkdtemp`` ignores it."""
+    made = folder / "made"
+    made.mkdir()
+    mode = made.stat().st_mode
+    made.rmdir()
+    return stat.S_IMODE(mode)
 
 
 def _remove_abandoned(out: Path) -> None:

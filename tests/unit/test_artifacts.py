@@ -264,3 +264,24 @@ def test_a_file_system_without_locks_is_written_and_nothing_is_removed_there(
         (folder / "file").write_text("written")
     assert (tmp_path / "out" / "file").read_text() == "written"
     assert other.is_dir()
+
+
+def test_a_name_that_is_too_long_is_told_with_a_remedy(tmp_path: Path) -> None:
+    for written in (artifacts.new_directory, artifacts.new_file):
+        with (
+            pytest.raises(ArtifactError, match="the name is too long"),
+            written(tmp_path / ("n" * 300)) as temporary,
+        ):
+            temporary.touch()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_a_folder_has_the_permissions_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with artifacts.new_directory(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
