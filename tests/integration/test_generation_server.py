@@ -41,6 +41,7 @@ from deploykit.tasks.opening import open_graph, open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.served import ServedGenerator
+from deploykit.triton import kubernetes
 from deploykit.triton.load import parse
 from deploykit.triton.monitoring import ALERTS, DASHBOARD
 from deploykit.triton.preflight import listen
@@ -514,7 +515,8 @@ def test_every_metric_of_the_dashboard_and_the_rules_is_there(
         client.models.retrieve("none")
     text = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
     there = {re.sub("_(bucket|sum|count)$", "", sample.name) for sample in parse(text)} | {s.name for s in parse(text)}
-    asked = set(re.findall(r"\b(?:nv|deploykit)_\w+", DASHBOARD.read_text() + ALERTS.read_text()))
+    adapter = Path(kubernetes.__file__).parent / "prometheus-adapter.yaml.j2"
+    asked = set(re.findall(r"\b(?:nv|deploykit)_\w+", "".join(map(Path.read_text, (DASHBOARD, ALERTS, adapter)))))
     assert len(asked) > 15
     assert not asked - there
     own = {sample.name for sample in parse(text) if sample.name.startswith("deploykit_")}

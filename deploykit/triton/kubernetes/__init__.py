@@ -36,6 +36,8 @@ _KINDS = (
 # Helm would take the dashboard's own braces for expressions.
 _FILE_IN_CHART = '{{ .Files.Get "dashboard.json" | nindent 4 | trim }}'
 _KSERVE = ("serving-runtime", "inference-service")
+# Configures another chart, so it is no resource of this one.
+_ADAPTER = "prometheus-adapter"
 
 
 def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
@@ -60,7 +62,7 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
     templates = Environment(
         loader=PackageLoader(__name__, ""), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    for kind in (*_KINDS, *_KSERVE):
+    for kind in (*_KINDS, *_KSERVE, _ADAPTER):
         template = templates.get_template(f"{kind}.yaml.j2")
         plain = f"kserve/{kind}.yaml" if kind in _KSERVE else f"{kind}.yaml"
         files[plain] = template.render(values, name=name, **contents)

@@ -63,8 +63,19 @@ def test_the_chart_with_its_own_values_is_the_manifests(folder: Path) -> None:
 def test_the_manifests_fit_the_schemas(folder: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     for path in folder.glob("*.yaml"):
-        if path.stem not in ("kustomization", "service-monitor", "alerts"):
+        if path.stem not in ("kustomization", "service-monitor", "alerts", "prometheus-adapter"):
             validate.validate(_load(path), validate.latest_version(), strict=True)
+
+
+def test_the_adapter_gives_the_autoscaler_its_metric(folder: Path) -> None:
+    [rule] = _load(folder / "prometheus-adapter.yaml")["rules"]["custom"]
+    asked = [
+        each["pods"]["metric"]["name"]
+        for each in _load(folder / "autoscaler.yaml")["spec"]["metrics"]
+        if "pods" in each
+    ]
+    assert asked == [rule["name"]["as"]]
+    assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
 
 
 def test_the_dashboard_and_the_rules_are_those_of_the_package(folder: Path) -> None:
