@@ -14,7 +14,7 @@ help:
 	@echo "make optimum-peers   transformers 4, optimum-onnx and OpenVINO, which bench/answering.py compares with, in an environment of their own"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
-	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, ask lm-eval, and run Spark, Helm, Schemathesis and cyclonedx-bom, in environments of their own (minutes)"
+	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, ask lm-eval, and run Spark, Helm, promtool, Schemathesis and cyclonedx-bom, in environments of their own (minutes)"
 	@echo "make wheels   a wheel each for Linux, macOS and Windows on x86-64, and for Linux and macOS on Arm, in build/wheels (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
@@ -49,6 +49,7 @@ OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
 SPARK_PACKAGES ?= /tmp/deploykit-spark
 HELM_FOLDER ?= /tmp/deploykit-helm
+PROMTOOL_FOLDER ?= /tmp/deploykit-promtool
 SCHEMATHESIS_VENV ?= /tmp/deploykit-schemathesis
 SBOM_VENV ?= /tmp/deploykit-sbom
 optimum-peers: $(READY)
@@ -67,13 +68,15 @@ interop: optimum-peers
 	@test -x $(SBOM_VENV)/bin/cyclonedx-py || ($(BIN)/python -m venv $(SBOM_VENV) && \
 	  $(SBOM_VENV)/bin/pip install --quiet cyclonedx-bom==7.5.0)
 	@test -x $(HELM_FOLDER)/helm || $(BIN)/python tests/support/fetch_helm.py $(HELM_FOLDER)
+	@test -x $(PROMTOOL_FOLDER)/usr/bin/promtool || (mkdir -p $(PROMTOOL_FOLDER) && cd $(PROMTOOL_FOLDER) && \
+	  apt-get download --quiet=2 prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb) || echo "promtool is missing: its tests are skipped" >&2
 	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) LMEVAL_VENV=$(LMEVAL_VENV) SPARK_PACKAGES=$(SPARK_PACKAGES) HELM_FOLDER=$(HELM_FOLDER) \
-	  SCHEMATHESIS_VENV=$(SCHEMATHESIS_VENV) SBOM_VENV=$(SBOM_VENV) \
+	  SCHEMATHESIS_VENV=$(SCHEMATHESIS_VENV) SBOM_VENV=$(SBOM_VENV) PROMTOOL_FOLDER=$(PROMTOOL_FOLDER) \
 	  $(BIN)/python -m pytest \
 	  tests/integration/test_optimum.py tests/integration/test_question_answering_interop.py \
 	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py tests/integration/test_lm_eval.py \
 	  tests/integration/test_spark.py tests/integration/test_helm.py tests/integration/test_schemathesis.py \
-	  tests/integration/test_sbom.py
+	  tests/integration/test_sbom.py tests/integration/test_promtool.py
 
 GENERATION_VENV ?= /tmp/deploykit-generation
 generation-peers: $(READY)
