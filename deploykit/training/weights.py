@@ -36,6 +36,10 @@ _KEYS_SHOWN = 6
 _ZERO_WHEN_BARE: Mapping[str, str] = {"bart": "final_logits_bias"}
 # Heads whose weights have the same keys and shapes as a classifier's, in some types (ModernBERT's for tokens).
 _OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
+# Constants that older versions of transformers and fairseq saved with the weights; models compute their own.
+_CONSTANT = re.compile(
+    r"(^|\.)(version|_float_tensor|masked_bias|position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|embed_positions\.weights)$"
+)
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
@@ -222,9 +226,10 @@ class _Differences:
         return _Differences(self.missing - frozenset(keys), self.unexpected, mismatched)
 
     def changes_nothing(self, key: str, model: Any) -> bool:
-        """Return whether an unexpected key is a pooler's that the head does not read, or of a head for another purpose."""
+        """Return whether an unexpected key is a constant's, a pooler's that the head does not read, or of a head for another
+        purpose."""
         own = {part for mine in model.state_dict() for part in (_first(mine), _first(_below(model, mine)))}
-        return _POOLER.search(key) is not None or _first(key) not in own
+        return bool(_CONSTANT.search(key) or _POOLER.search(key)) or _first(key) not in own
 
 
 def _compare(model: Any, weights: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> _Differences:

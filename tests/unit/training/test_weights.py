@@ -119,6 +119,19 @@ def test_a_translator_that_lacks_weights_is_refused_with_their_keys(marian: Path
     assert cut.rstrip(".") in refusal(folder, "translation")
 
 
+@pytest.mark.parametrize(
+    "constant",
+    [
+        "model.encoder.version",
+        "model.decoder.embed_positions._float_tensor",
+        "model.encoder.layers.0.self_attn.masked_bias",
+    ],
+)
+def test_a_constant_of_an_older_version_is_left_out(marian: Path, rewrite: Rewrite, constant: str) -> None:
+    folder = rewrite(marian, lambda w: {**w, constant: torch.ones(1)})
+    assert equal(load_model(str(folder), "translation"), load_model(str(marian), "translation"))
+
+
 @pytest.mark.parametrize(("layers", "named"), [(1, "without a place in the model"), (3, "missing from")])
 def test_a_config_with_another_number_of_layers_is_refused(
     marian: Path, rewrite: Rewrite, layers: int, named: str
