@@ -253,7 +253,9 @@ def not_loadable(model: str, error: Exception) -> ArtifactError:
         )
     for path in sorted(path for name in _JSON_FILES for path in Path(model).glob(name) if path.is_file()):
         read_json(path)
-    return ArtifactError(f"{model}: cannot be loaded: {reason}", "check that the checkpoint is whole")
+    return ArtifactError(
+        f"{model}: cannot be loaded: {reason}", "correct what the message names, or copy the checkpoint again"
+    )
 
 
 def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
