@@ -299,6 +299,11 @@ def translation_task(
     counts_from_padding = family == "m2m_100"  # the positions of its tokens
     if start is None or eos is None or pad is None or (counts_from_padding and config.pad_token_id is None):
         raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
+    if counts_from_padding and start == config.pad_token_id:
+        raise ArtifactError(
+            f"{name}: its translations start with the padding token, which has no position in models of type {family}",
+            "set decoder_start_token_id in generation_config.json to the token that the model was trained with (usually </s>)",
+        )
     if tokenizer.eos_token_id is None or tokenizer.unk_token_id is None:
         raise ArtifactError(
             f"{name}: its tokenizer names no end token (eos_token) or no token for unknown pieces (unk_token)",

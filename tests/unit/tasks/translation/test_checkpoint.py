@@ -192,3 +192,11 @@ def test_a_tokenizer_class_that_adds_no_language_codes_is_refused(tmp_path: Path
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(ArtifactError, match=r"its tokenizer class, \w+, does not put the languages' codes into texts"):
         TorchTranslator.load(tmp_path, source="en_XX", target="fr_XX")
+
+
+def test_a_start_without_a_position_is_refused(tmp_path: Path) -> None:
+    FAMILIES["m2m_100"][0](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path / "generation_config.json", decoder_start_token_id=config["pad_token_id"])
+    with pytest.raises(ArtifactError, match="its translations start with the padding token"):
+        TorchTranslator.load(tmp_path, source="en", target="fr")
