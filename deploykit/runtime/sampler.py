@@ -1,4 +1,4 @@
-"""Sample the next token of an answer with numpy, with the options of a request.
+"""Sample the next token of an answer, with the options of a request.
 
 The rules are those of Hugging Face's ``generate``, and give the same as in its order: logit bias, penalties, tokens that cannot come
 next, and the rules of ``token_distribution``. transformers' own need torch.
