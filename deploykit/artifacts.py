@@ -368,7 +368,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write_refusal(error: BaseException, path: Path | None = None) -> ArtifactError | None:
-    """Return a message for a write error of the operating system, or None if ``error`` is not a write error."""
+    """Return a message for a write error of the operating system, or for a file that may not be read; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
     if any(words in str(error) for words in _NO_SPACE):
         number = errno.ENOSPC
@@ -376,7 +376,18 @@ def write_refusal(error: BaseException, path: Path | None = None) -> ArtifactErr
         return None
     what, remedy = _REFUSALS[number]
     named = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # filename2: a copy's target
+    if isinstance(error, PermissionError) and error.filename and not _readable(Path(os.fsdecode(error.filename))):
+        return ArtifactError(
+            f"{error.filename}: cannot be opened: {what}", "let this user read it and enter its folders: chmod, chown"
+        )
     return ArtifactError(f"{named or path or 'a file'}: cannot be written: {what}", remedy)
+
+
+def _readable(path: Path) -> bool:
+    """Return whether this user may enter the folders of ``path``, and read it if it is there."""
+    if not all(os.access(folder, os.X_OK) for folder in path.parents if os.path.isdir(folder)):
+        return False
+    return not os.path.lexists(path) or os.access(path, os.R_OK)
 
 
 def replace_directory(new: Path, out: Path) -> None:

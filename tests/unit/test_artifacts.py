@@ -285,3 +285,18 @@ def test_a_folder_has_the_permissions_that_the_umask_gives(tmp_path: Path, umask
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_file_that_may_not_be_read_is_not_called_unwritable(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch(0o000)
+    program = (
+        "import os, sys; from deploykit.artifacts import write_refusal\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        "try: open(sys.argv[1])\n"
+        "except OSError as error: print(write_refusal(error))"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "rows.csv")]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "rows.csv: cannot be opened: permission denied" in told
+    assert "let this user read it" in told
