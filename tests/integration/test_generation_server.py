@@ -511,9 +511,11 @@ def test_every_metric_of_the_dashboard_and_the_rules_is_there(
         model="lm", messages=[{"role": "user", "content": "Hi"}], max_tokens=2, stream=True
     ):
         pass
+    httpx.post(f"{url}/classify", json={"model": "tiny", "input": ["w1"]}).raise_for_status()
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("none")
     text = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+    assert "deploykit_stage_cpu_seconds_total" in text
     there = {re.sub("_(bucket|sum|count)$", "", sample.name) for sample in parse(text)} | {s.name for s in parse(text)}
     adapter = Path(kubernetes.__file__).parent / "prometheus-adapter.yaml.j2"
     asked = set(re.findall(r"\b(?:nv|deploykit)_\w+", "".join(map(Path.read_text, (DASHBOARD, ALERTS, adapter)))))
