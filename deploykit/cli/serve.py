@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from deploykit.triton.server import TritonServer
 
 _OPENAI_OPTIONS = (
-    "api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "triton_routes",
+    "api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "access_log_texts", "triton_routes",
 )  # fmt: skip
 
 
@@ -82,6 +82,11 @@ _OPENAI_OPTIONS = (
     "--access-log",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     help="File for a JSON line about each request to the OpenAI port, without its text; -: stderr.",
+)
+@click.option(
+    "--access-log-texts",
+    is_flag=True,
+    help="Write the bodies of requests and answers to the access log too, up to 1 MiB of each.",
 )
 @click.option(
     "--triton-routes",
@@ -221,6 +226,7 @@ def _front(
     ssl_certfile: Path | None,
     ssl_keyfile: Path | None,
     access_log: Path | None,
+    access_log_texts: bool,
     triton_routes: bool,
 ) -> _Front:
     """Check the options of the OpenAI port. Raises UsageError, DataError or MissingDependencyError."""
@@ -240,9 +246,13 @@ def _front(
         )
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile go together", "give both")
+    if access_log_texts and access_log is None:
+        raise UsageError("--access-log-texts is for the access log", "give --access-log too, or leave it out")
     certificate = Certificate(ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None
     keys = Keys(api_keys, api_key_file, Limits().replaced(limits))
-    return _Front(keys, certificate, AccessLog(access_log) if access_log else None, triton_routes)
+    return _Front(
+        keys, certificate, AccessLog(access_log, texts=access_log_texts) if access_log else None, triton_routes
+    )
 
 
 def _import_front() -> None:

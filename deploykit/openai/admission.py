@@ -26,6 +26,7 @@ _OPEN = (HEALTH, "/v2/health/live", "/v2/health/ready")
 _NO_KEY = ApiError("give a valid API key, as the header Authorization: Bearer KEY", 401, code="invalid_api_key")
 _TWO_LENGTHS = ApiError("Content-Length: it does not go with Transfer-Encoding; send one of them")
 _LAST_EVENT_S = 1.0
+_MOST_TEXT_BYTES = 1 << 20
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -71,6 +72,11 @@ class Admission:
         caller = anyone if opened else self._keys.caller(_bearer(scope))
         client = scope["client"][0] if scope["client"] else ""
         call = scope[SCOPE] = Call(caller or anyone, client, scope["method"])
+        texts = (
+            _Texts(receive, send) if self._log is not None and self._log.texts and scope["method"] == "POST" else None
+        )
+        if texts is not None:
+            receive, send = texts.receive, texts.send
         watched = _Watched(send, call)
         self._metrics.in_flight.inc()
         try:
@@ -85,6 +91,8 @@ class Admission:
                 await self._admit(caller, scope, receive, watched)
         finally:
             self._metrics.in_flight.dec()
+            if texts is not None:
+                call.request, call.response = texts.request, texts.response
             self._record(call, scope)
 
     async def _admit(self, caller: Caller, scope: Scope, receive: Receive, send: _Watched) -> None:
@@ -169,6 +177,37 @@ class _Watched:
         elif not message.get("more_body", False):
             self.streams = False
         await self._send(message)
+
+
+class _Texts:
+    """Keeps the bodies of a request and of its response, up to 1 MiB of each, while they pass."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._bodies = {"http.request": bytearray(), "http.response.body": bytearray()}
+
+    @property
+    def request(self) -> str:
+        return self._bodies["http.request"].decode(errors="replace")
+
+    @property
+    def response(self) -> str:
+        return self._bodies["http.response.body"].decode(errors="replace")
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._keep(message)
+        return message
+
+    async def send(self, message: Message) -> None:
+        self._keep(message)
+        await self._send(message)
+
+    def _keep(self, message: Message) -> None:
+        body = self._bodies.get(message["type"])
+        if body is not None:
+            body += message.get("body", b"")[: _MOST_TEXT_BYTES - len(body)]
 
 
 def _bearer(scope: Scope) -> bytes:

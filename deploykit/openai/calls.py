@@ -1,6 +1,7 @@
 """Record facts of a request while it is answered, and write the access log.
 
-Neither the log nor the metrics have any text of a request: no prompt, no answer, no path that is not a route.
+Neither the log nor the metrics have any text of a request: no prompt, no answer, no path that is not a route. Only a log that
+is opened with ``texts`` has the bodies.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Call:
     completion_tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     first_token_seconds: float | None = None
+    request: str | None = None
+    response: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -75,9 +78,13 @@ def call_of(request: Request) -> Call:
 
 
 class AccessLog:
-    """Writes a JSON object for each request to the file ``path``; "-" is stderr. Raises UsageError."""
+    """Writes a JSON object for each request to the file ``path``; "-" is stderr. Raises UsageError.
 
-    def __init__(self, path: Path) -> None:
+    With ``texts``, an object also has the bodies of request and response.
+    """
+
+    def __init__(self, path: Path, *, texts: bool = False) -> None:
+        self.texts = texts
         try:
             self._file = sys.stderr if str(path) == "-" else open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -105,6 +112,8 @@ class AccessLog:
             "completion_tokens": call.completion_tokens,
             "first_token_seconds": None if call.first_token_seconds is None else round(call.first_token_seconds, 6),
         }
+        if self.texts:
+            record |= {"request": call.request, "response": call.response}
         try:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk must not end the request

@@ -255,6 +255,7 @@ def test_a_model_whose_process_is_killed_answers_again(served: dict[str, Any], c
         (("--api-key", "x"), "--api-key is for the OpenAI port"),
         (("--triton-routes",), "--triton-routes is for the OpenAI port"),
         (("--openai-port", "0", "--ssl-certfile", "x"), "--ssl-certfile and --ssl-keyfile go together"),
+        (("--openai-port", "0", "--access-log-texts"), "--access-log-texts is for the access log"),
         (("--openai-port", "0", "--limits", "rows=1"), "'rows' is not a limit"),
         (("--openai-port", "0", "--api-key", ""), "an API key is empty"),
         (("--openai-port", "0", "--host", "no.such.host.invalid"), "is not an IPv4 address or host name"),

@@ -298,6 +298,23 @@ def test_requests_are_counted_and_logged_without_their_text(tmp_path: Path) -> N
     assert counted["deploykit_http_requests_in_flight",] == 0
 
 
+def test_texts_are_logged_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "access.jsonl"
+    with FakeTriton() as triton, serve(triton, keys=Keys(["k"]), access_log=AccessLog(path, texts=True)) as server:
+        ask(server.url, "/completions", "k", model="writer", prompt="my secret", stream=True)
+        answer = ask(server.url, "/classify", "k", model="tweets", input=["good"])
+        ask(server.url, "/classify", "k", model="tweets", input=["é" * 900_000])
+        httpx.get(f"{server.url}/models", headers={"Authorization": "Bearer k"})
+        assert wait_until(lambda: len(path.read_text().splitlines()) == 4, 5)
+    stream, classified, long, listed = (json.loads(line) for line in path.read_text().splitlines())
+    assert json.loads(stream["request"])["prompt"] == "my secret"
+    assert stream["response"].endswith("data: [DONE]\n\n")
+    assert json.loads(classified["response"]) == answer.json()
+    assert len(long["request"].encode(errors="replace")) <= (1 << 20) + 2
+    assert long["rows"] == 1, "it is answered whole"
+    assert (listed["request"], listed["response"]) == (None, None)
+
+
 def test_a_full_disk_does_not_end_requests() -> None:
     with FakeTriton() as triton, serve(triton, access_log=AccessLog(Path("/dev/full"))) as server:
         for _ in range(2):
