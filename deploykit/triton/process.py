@@ -177,10 +177,10 @@ class TritonProcess:
         dead_since: dict[psutil.Process, float] = {}
 
         def died() -> bool:
-            now = time.monotonic()
-            for child in _children(self.pid, recursive=False):
-                if child not in known and _status(child) == psutil.STATUS_ZOMBIE:
-                    dead_since.setdefault(child, now)
+            nonlocal dead_since
+            now, started = time.monotonic(), set(_children(self.pid, recursive=False)) - known
+            dead = [child for child in started if _status(child) == psutil.STATUS_ZOMBIE]
+            dead_since = {child: dead_since.get(child, now) for child in dead}  # without those that Triton waited for
             return any(now - since >= _DEAD_S for since in dead_since.values())
 
         return died
