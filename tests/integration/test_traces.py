@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import language_models
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -17,6 +18,7 @@ from served import body, wait_until
 from tiny_answerer import write_export
 from trace_collector import Span, collector
 
+from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.repository import package
 
 pytest.importorskip("opentelemetry.sdk", reason="needs OpenTelemetry: pip install 'deploykit[otel]'")
@@ -39,9 +41,10 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
     package(tiny_export, "tiny", tmp_path / "models", engine="onnxruntime", precision="fp32")
     package(tiny_translation, "fr", tmp_path / "models", engine="onnxruntime", stream=False)
     package(write_export(tmp_path / "qa"), "qa", tmp_path / "models", engine="onnxruntime", precision="fp32")
+    package(language_models.write_export(tmp_path / "lm", template=CHATML), "lm", tmp_path / "models")
     ready = tmp_path / "ready.json"
     by_route, by_port, by_http, by_grpc = (digit * 32 for digit in "abcd")
-    translated, answered = "e" * 32, "f" * 32
+    translated, answered, generated, streamed = (digit * 32 for digit in "ef12")
     with collector() as (endpoint, spans):
         server = subprocess.Popen(
             [sys.executable, "-m", "deploykit", "serve", "--model-repository", str(tmp_path / "models"), "--http-port", "0",
@@ -55,11 +58,14 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
             urls = json.loads(ready.read_text())
             with httpx.Client(timeout=30) as client:
                 asked = {"model": "tiny", "input": ["w1 w2", "w3"]}
+                dialog = {"model": "lm", "messages": [{"role": "user", "content": "list"}], "max_tokens": 3}
                 infer = "v2/models/tiny/infer"
                 for url, trace, content in (
                     (f"{urls['openai']}/classify", by_port, asked),
                     (f"{urls['openai']}/translate", translated, {"model": "fr", "input": ["a b c"]}),
                     (f"{urls['openai']}/answer", answered, {"model": "qa", "input": [["which w1 ?", "w2 w3 w1"]]}),
+                    (f"{urls['openai']}/chat/completions", generated, dialog),
+                    (f"{urls['openai']}/chat/completions", streamed, {**dialog, "stream": True}),
                     (f"{urls['openai'].removesuffix('v1')}{infer}", by_route, body(["w1"])),
                     (f"{urls['http']}/{infer}", by_http, body(["w1"])),
                 ):
@@ -94,6 +100,8 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
     for trace, expected in (
         (translated, ["tokenize", "queue", "decode", "detokenize"]),
         (answered, ["tokenize", "encode", "spans"]),
+        (generated, ["tokenize", "queue", "decode", "detokenize"]),
+        (streamed, ["tokenize", "queue", "decode", "detokenize"]),
     ):
         stages = [span for span in spans if (span.trace, span.service) == (trace, "deploykit-model")]
         assert [span.name for span in stages] == expected

@@ -25,6 +25,7 @@
 //   connection on HTTP is closed if a part of a request arrived and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
 // TRITONSERVER_InferenceRequestCancel and others: requests that are cancelled at their end neither stay forever nor end Triton;
 //   see cancelled.c.
+// strlen: requests on gRPC join their caller's trace; see traceparent.c.
 // pthread_cond_clockwait: requests do not wait for a wake-up that Triton missed; see missed.c.
 // sem_timedwait, fork: a stopped model process does not count as dead; see stopped.c.
 // TRITONSERVER_InferenceRequestAppendInputData, TRITONSERVER_InferenceRequestAddRawInput: requests whose strings are not complete,
