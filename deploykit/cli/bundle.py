@@ -7,7 +7,7 @@ import click
 
 from deploykit.cli.unpack import unpack_bundle
 from deploykit.cli_parts.command import Result, deploykit_command, human_bytes, option, say
-from deploykit.cli_parts.shared_options import FORCE, NAME_HELP
+from deploykit.cli_parts.shared_options import FORCE, NAME_HELP, REQUIRE_SIGNATURE
 from deploykit.errors import UsageError
 
 
@@ -27,6 +27,7 @@ from deploykit.errors import UsageError
 @click.option("--data", help="Texts to verify the engine with. [default: the test rows in the export]")
 @click.option("--wheels", type=click.Path(path_type=Path),
               help="Include the device's Python packages from this folder; missing packages are downloaded into it.")  # fmt: skip
+@REQUIRE_SIGNATURE
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign the bundle with this private key (PEM).")
 @click.option("--unpack", type=click.Path(path_type=Path), hidden=True)
 @click.option("--public-key", type=click.Path(path_type=Path), hidden=True)

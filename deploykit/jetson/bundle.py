@@ -87,6 +87,7 @@ def bundle(
     data: str | None = None,
     wheels: Path | None = None,
     key: Path | None = None,
+    require_signature: Path | None = None,
     force: bool = False,
     say: Say,
 ) -> Bundled:
@@ -94,7 +95,8 @@ def bundle(
 
     ``precision`` is the device's default (auto: INT8 if the export has that graph). ``data`` is a file of
     texts to verify engines with, instead of the rows in the export. ``wheels`` is a folder of wheels for the device,
-    which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``. The engine
+    which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``. With
+    ``require_signature``, a public key, the export must be signed with its private key. The engine
     ``native`` is included if the export has its file, it runs here too, and ``library_for_arm`` finds its library.
 
     Raises UsageError, ArtifactError, MissingDependencyError or DeploykitError, leaving nothing at ``out``.
@@ -105,6 +107,8 @@ def bundle(
     check_name(name)
     if out.exists() and not force:
         raise ArtifactError(f"{out}: already exists", "choose another --output, or pass --force to replace it")
+    if require_signature is not None:
+        verify_signature(export_dir, require_signature)
     whole = load_manifest(export_dir, "export")
     export = dataclasses.replace(whole, task=fitted(whole.task, BOARDS[board]), parent=whole.digest)
     part = task_of(export.task).bundle(export.task)

@@ -32,6 +32,7 @@ from deploykit.jetson.contents import read_config, read_description, read_rows, 
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.native import loader
+from deploykit.signatures import sign
 from deploykit.tasks.opening import open_graph
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tensorrt.build import read_inputs
@@ -321,6 +322,21 @@ def test_a_signature_is_verified_before_unpacking(export: Path, tmp_path: Path) 
     with pytest.raises(ArtifactError, match="is not signed"):
         unpack(out, tmp_path / "bad", public_key=public)
     assert not (tmp_path / "bad").exists()
+
+
+def test_only_a_signed_export_is_bundled(export: Path, tmp_path: Path) -> None:
+    pytest.importorskip("model_signing", reason="needs model-signing: pip install 'deploykit[sign]'")
+    private, public = make_key_pair(tmp_path)
+    copy = Path(shutil.copytree(export, tmp_path / "export"))
+    with pytest.raises(ArtifactError, match="is not signed"):
+        bundle(copy, tmp_path / "a.tgz", "thor", "7.0", require_signature=public, say=silent)
+    assert not (tmp_path / "a.tgz").exists()
+    sign(copy, private)
+    bundle(copy, tmp_path / "a.tgz", "thor", "7.0", require_signature=public, say=silent)
+    with (copy / "manifest.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ArtifactError, match=r"manifest\.json: was changed after it was signed"):
+        bundle(copy, tmp_path / "b.tgz", "thor", "7.0", require_signature=public, say=silent)
 
 
 def test_without_model_signing_no_bundle_is_signed(
