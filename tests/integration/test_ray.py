@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import language_models
 import pytest
+import tiny_answerer
 from click.testing import CliRunner
 
 from deploykit.cli import main
@@ -16,6 +18,7 @@ from deploykit.ray_pool import RayPool, _Actor
 from deploykit.signals import restored
 from deploykit.tasks.answering import answer_source
 from deploykit.tasks.opening import identity_of, open_predictor
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'deploykit[ray]'")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -110,3 +113,35 @@ def test_a_node_with_another_model_is_refused(tiny_export: Path) -> None:
     failed = _Actor(str(tiny_export), WHERE).open("another")
     assert failed is not None
     assert "is another model" in failed[0]
+
+
+@pytest.mark.parametrize("task", ["translate", "answer", "generate"])
+def test_other_tasks_are_spread_too(task: str, cluster: Any, tiny_translation: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]]
+    if task == "translate":
+        target, rows = tiny_translation, [{"source": f"Open {i} files"} for i in range(20)]
+    elif task == "answer":
+        target = tiny_answerer.write_export(tmp_path / "export")
+        rows = [{"question": "which w1 ?", "context": f"w{i} w3 w1"} for i in range(20)]
+    else:
+        target = language_models.write_export(tmp_path / "export", template=CHATML)
+        rows = [{"messages": [{"role": "user", "content": f"list file {i}"}]} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = []
+    for name, where in (("spread", ["--ray"]), ("alone", [])):
+        line = [
+            task,
+            target,
+            "--input",
+            tmp_path / "rows.jsonl",
+            "--output",
+            tmp_path / f"{name}.jsonl",
+            "--threads",
+            "1",
+        ]
+        line += ["--max-new-tokens", "4"] if task == "generate" else []
+        result = CliRunner().invoke(main, [str(word) for word in (*line, *where)])
+        assert result.exit_code == 0, result.output
+        answers.append((tmp_path / f"{name}.jsonl").read_bytes())
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == len(rows)
