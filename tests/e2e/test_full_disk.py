@@ -38,14 +38,28 @@ def command(name: str, checkpoint: Path, export: Path, rows: Path, out: Path) ->
         "calibrate": ["calibrate", checkpoint, "--calibration-data", rows, "--output-dir", out],
         "package": ["package", export, "--name", "tiny", "--model-repository", out],
         "predict": ["predict", export, "--input", rows, "--output", out],
+        "bench": [
+            "bench",
+            export,
+            "--data",
+            rows,
+            "--rounds",
+            1,
+            "--seconds",
+            0.1,
+            "--num-prompts",
+            20,
+            "--output",
+            out,
+        ],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["finetune", "export", "calibrate", "package", "predict"])
+@pytest.mark.parametrize("name", ["finetune", "export", "calibrate", "package", "predict", "bench"])
 def test_a_command_that_cannot_write_says_so_and_leaves_nothing_whole(
     name: str, checkpoint: Path, tiny_export: Path, rows: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / ("out.csv" if name == "predict" else "out")
+    out = tmp_path / {"predict": "out.csv", "bench": "out.json"}.get(name, "out")
     failed = run(*command(name, checkpoint, tiny_export, rows, out))
     assert failed.returncode == 1, failed.stderr
     assert "cannot be written: it would be larger than" in failed.stderr
