@@ -28,6 +28,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.demo import served
 from deploykit.errors import ServerError
 from deploykit.hardware import available_cpus
+from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.triton.repository import package
 
 SHARES = {"classify": 4.0, "translate": 2.0, "whole": 0.9, "stream": 1.2, "leaves": 0.6, "bad": 0.3}
@@ -74,10 +75,10 @@ def main() -> None:
     exports = {load_manifest(folder, "export").task.name: folder for folder in options.export or [_smollm2(options)]}
     if not exports.keys() <= _OF_TASK.keys():
         raise SystemExit(f"error: --export: only of the tasks {', '.join(_OF_TASK)}")
-    with _server(exports, options.precision) as addresses:
+    with _server(exports, options.precision, options.max_cache_mb) as addresses:
         load = Load(addresses, options.longest, options.pause, options.seed)
         samples = asyncio.run(load.run(60 * options.minutes, options.clients, options.every))
-    names = ("minutes", "clients", "pause", "precision")
+    names = ("minutes", "clients", "pause", "precision", "max_cache_mb")
     suite["settings"] = {name: getattr(options, name) for name in names} | {"tasks": sorted(exports)}
     suite["outcomes"] = dict(load.outcomes)
     suite["minutes"] = by_minute(load.latencies)
@@ -95,11 +96,12 @@ def _smollm2(options: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def _server(exports: Mapping[str, Path], precision: str) -> Iterator[dict[str, Any]]:
+def _server(exports: Mapping[str, Path], precision: str, max_cache_mb: int) -> Iterator[dict[str, Any]]:
     """Serve exports under the names of their tasks. Yields the addresses, and the pid of Triton."""
     with tempfile.TemporaryDirectory() as repository:
         for task, export in exports.items():
-            package(export, task, Path(repository), precision=precision)
+            settings = ServingSettings() if task == "classification" else ServingSettings(max_cache_mb=max_cache_mb)
+            package(export, task, Path(repository), precision=precision, settings=settings)
         with served(say, Path(repository), "--openai-port", "0") as addresses:
             yield addresses
 
@@ -344,6 +346,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two samples")
     parser.add_argument("--longest", type=int, default=700, metavar="WORDS", help="of a prompt")
     parser.add_argument("--precision", choices=("auto", "int8", "fp32"), default="auto")
+    parser.add_argument(
+        "--max-cache-mb", type=int, default=ServingSettings.max_cache_mb,
+        help="as of package: a language model's memory grows until kept prompts fill a quarter of it (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="folder of another language model (default: SmolLM2, fetched)")
     parser.add_argument(
         "--export", type=Path, action="append",

@@ -1,4 +1,7 @@
-"""bench/soak.py from end to end: three tiny models of three tasks on one server, for some seconds."""
+"""bench/soak.py from end to end: three tiny models of three tasks on one server, for some seconds, or for SOAK_MINUTES.
+
+From 5 minutes, memory and open files must stay level.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from paths import ROOT
 
 from deploykit.tasks.text_generation.chat_template import CHATML
 
+MINUTES = float(os.environ.get("SOAK_MINUTES", "0.3"))
+
 
 def test_mixed_tasks_end_with_a_verdict(tiny_export: Path, tiny_translation: Path, tmp_path: Path) -> None:
     language_model = write_export(tmp_path / "lm", template=CHATML, max_position_embeddings=1024)
     out = tmp_path / "record.json"
-    command = [sys.executable, str(ROOT / "bench/soak.py"), "--minutes", "0.3", "--every", "2", "--clients", "6", "--longest", "20",
-               "--pause", "0.02", "--out", str(out)]  # fmt: skip
+    command = [sys.executable, str(ROOT / "bench/soak.py"), "--minutes", str(MINUTES), "--every", "2", "--clients", "6", "--longest", "20",
+               "--pause", "0.02", "--max-cache-mb", "20", "--out", str(out)]  # fmt: skip
     command += [
         word for export in (tiny_export, tiny_translation, language_model) for word in ("--export", str(export))
     ]
@@ -35,5 +40,8 @@ def test_mixed_tasks_end_with_a_verdict(tiny_export: Path, tiny_translation: Pat
     assert all(record["minutes"][0][kind]["p99_ms"] > 0 for kind in ("classify", "translate"))
     assert len(record["samples"]) >= 5
     assert all(sample["memory_mb"] > 10 and sample["open_files"] > 10 for sample in record["samples"])
+    if MINUTES >= 5:
+        grown = [reason for reason in record["verdict"]["reasons"] if reason.startswith(("memory", "open files"))]
+        assert not grown, "in less time a line through the samples says nothing"
     last = record["samples"][-1]
     assert (last["running"], last["waiting"]) == (0, 0)
