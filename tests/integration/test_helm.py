@@ -75,3 +75,17 @@ def test_names_and_values_reach_every_resource(folder: Path) -> None:
     for kind, each in found.items():
         if kind not in WITHOUT_SCHEMA:
             validate.validate(each, validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("source", ["image", "bucket"])
+def test_models_come_from_an_image_or_a_bucket(folder: Path, source: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    given = folder / f"chart/models-from-{source}.yaml"
+    values = yaml.safe_load(given.read_text())
+    found = rendered(folder, "-f", str(given))
+    pod = found["Deployment"]["spec"]["template"]["spec"]
+    assert {"name": "models", **values["volume"]} in pod["volumes"]
+    assert pod["initContainers"] == values.get("initContainers", [])
+    assert found["NetworkPolicy"]["spec"]["egress"] == values.get("egress", [])
+    for kind in ("Deployment", "NetworkPolicy"):
+        validate.validate(found[kind], validate.latest_version(), strict=True)

@@ -33,11 +33,18 @@ _KINDS = (
     "alerts",
     "dashboard",
 )
+_PARTS = {"init_containers": "[]", "egress": "[]"}
+_CLAIM = "persistentVolumeClaim: {claimName: CLAIM, readOnly: true}"
+_VOLUME_IN_CHART = (
+    '{{ .Values.volume | default (dict "persistentVolumeClaim" (dict "claimName" .Values.claim "readOnly" true)) '
+    "| toYaml | nindent 10 | trim }}"
+)
 # Helm would take the dashboard's own braces for expressions.
 _FILE_IN_CHART = '{{ .Files.Get "dashboard.json" | nindent 4 | trim }}'
 _KSERVE = ("serving-runtime", "inference-service")
 # Configures another chart, so it is no resource of this one.
 _ADAPTER = "prometheus-adapter"
+_SOURCES = ("models-from-image", "models-from-bucket")
 
 
 def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
@@ -46,10 +53,12 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
     Each pod asks for ``gpus`` GPUs. Returns the files. Files that are there already are replaced.
     """
     values = {**_VALUES, "gpus": gpus}
+    parts = {**_PARTS, "volume": _CLAIM.replace("CLAIM", str(values["claim"]))}
     dashboard = DASHBOARD.read_text(encoding="utf-8").rstrip()
     contents = {"alerts": ALERTS.read_text(encoding="utf-8").rstrip(), "dashboard": dashboard}
     expressions = {key: f"{{{{ .Values.{_camel(key)} }}}}" for key in values}
-    defaults = "".join(f"{_camel(key)}: {value}\n" for key, value in values.items())
+    expressions |= {key: f"{{{{ toJson .Values.{_camel(key)} }}}}" for key in _PARTS}
+    defaults = "".join(f"{_camel(key)}: {value}\n" for key, value in (values | _PARTS).items())
     chart = f"apiVersion: v2\nname: {name}\nversion: 1.0.0\ndescription: A deploykit model repository on Triton\n"
     resources = "".join(f"  - {kind}.yaml\n" for kind in _KINDS)
     files = {
@@ -57,18 +66,22 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
         f"resources:\n{resources}images:\n  - name: {_IMAGE}\n    newName: {_IMAGE}\n",
         "chart/Chart.yaml": chart,
         "chart/dashboard.json": f"{dashboard}\n",
-        "chart/values.yaml": f"# The image that compose.yaml builds, in your registry; the claim that holds the models.\n{defaults}",
+        "chart/values.yaml": "# The image that compose.yaml builds, in your registry; the claim that holds the models, or another volume.\n"
+        f"{defaults}volume: {{}}\n",
     }
     templates = Environment(
         loader=PackageLoader(__name__, ""), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    for kind in (*_KINDS, *_KSERVE, _ADAPTER):
+    folders = dict.fromkeys(_KSERVE, "kserve/") | dict.fromkeys(_SOURCES, "chart/")
+    for kind in (*_KINDS, *_KSERVE, _ADAPTER, *_SOURCES):
         template = templates.get_template(f"{kind}.yaml.j2")
-        plain = f"kserve/{kind}.yaml" if kind in _KSERVE else f"{kind}.yaml"
-        files[plain] = template.render(values, name=name, **contents)
+        files[f"{folders.get(kind, '')}{kind}.yaml"] = template.render(values, name=name, **parts, **contents)
         if kind in _KINDS:
             files[f"chart/templates/{kind}.yaml"] = template.render(
-                expressions, name="{{ .Release.Name }}", **{**contents, "dashboard": _FILE_IN_CHART}
+                expressions,
+                name="{{ .Release.Name }}",
+                volume=_VOLUME_IN_CHART,
+                **{**contents, "dashboard": _FILE_IN_CHART},
             )
     for path, text in files.items():
         with new_file(folder / path) as file:

@@ -50,14 +50,36 @@ def test_pods_are_locked_down_and_drain(folder: Path) -> None:
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
+def _rendered(folder: Path, name: str, values: dict[str, Any]) -> Any:
+    """Return a template of the chart with ``values``, as Helm renders it."""
+    volume = values["volume"] or {"persistentVolumeClaim": {"claimName": values["claim"], "readOnly": True}}
+    dashboard = (folder / "chart/dashboard.json").read_text().strip()
+    text = (folder / "chart/templates" / name).read_text().replace("{{ .Release.Name }}", "tweets")
+    text = text.replace('{{ .Files.Get "dashboard.json" | nindent 4 | trim }}', dashboard.replace("\n", "\n    "))
+    text = re.sub(r"\{\{ \.Values\.volume \| .*? \}\}", json.dumps(volume)[1:-1], text)
+    text = re.sub(r"\{\{ toJson \.Values\.(\w+) \}\}", lambda found: json.dumps(values[found[1]]), text)
+    return yaml.safe_load(re.sub(r"\{\{ \.Values\.(\w+) \}\}", lambda found: str(values[found[1]]), text))
+
+
 def test_the_chart_with_its_own_values_is_the_manifests(folder: Path) -> None:
     values = _load(folder / "chart/values.yaml")
     for template in (folder / "chart/templates").iterdir():
-        text = template.read_text().replace("{{ .Release.Name }}", "tweets")
-        dashboard = (folder / "chart/dashboard.json").read_text().strip()
-        text = text.replace('{{ .Files.Get "dashboard.json" | nindent 4 | trim }}', dashboard.replace("\n", "\n    "))
-        text = re.sub(r"\{\{ \.Values\.(\w+) \}\}", lambda found: str(values[found[1]]), text)
-        assert yaml.safe_load(text) == _load(folder / template.name)
+        assert _rendered(folder, template.name, values) == _load(folder / template.name)
+
+
+@pytest.mark.parametrize(("source", "volume"), [("image", "image"), ("bucket", "emptyDir")])
+def test_the_chart_takes_models_from_an_image_or_a_bucket(folder: Path, source: str, volume: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    values = _load(folder / "chart/values.yaml") | _load(folder / f"chart/models-from-{source}.yaml")
+    pod = _rendered(folder, "deployment.yaml", values)
+    for found in (pod, _rendered(folder, "network-policy.yaml", values)):
+        validate.validate(found, validate.latest_version(), strict=True)
+    spec = pod["spec"]["template"]["spec"]
+    models = next(each for each in spec["volumes"] if each["name"] == "models")
+    assert set(models) == {"name", volume}
+    mounts = [mount for init in spec["initContainers"] for mount in init["volumeMounts"]]
+    assert {mount["name"] for mount in mounts} <= {each["name"] for each in spec["volumes"]}
+    assert [mount["mountPath"] for mount in mounts if mount["name"] == "models"] == ["/models"] * (source == "bucket")
 
 
 def test_the_manifests_fit_the_schemas(folder: Path) -> None:
