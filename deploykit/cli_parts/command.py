@@ -30,8 +30,8 @@ def say(message: str) -> None:
 
 
 class Command(click.Command):
-    """A command that refuses an option given twice, of which click would silently use the last value, and names that are not
-    UTF-8, which neither ONNX and safetensors nor a manifest can have."""
+    """A command that refuses an option given twice, of which click would silently use the last value, and words that are not
+    UTF-8: ONNX, safetensors and manifests cannot hold them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for word in args:
@@ -128,10 +128,15 @@ def _working_directory_exists() -> bool:
 
 
 def open_standard_streams() -> None:
-    """Open standard streams that are closed (``>&-``), without effect. Else files would get their numbers, and what libraries print."""
+    """Open standard streams that are closed (``>&-``) to /dev/null, for this program and those that it starts.
+
+    Otherwise the next files that are opened get the numbers of the streams, and libraries print into these files.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 @contextlib.contextmanager
