@@ -188,7 +188,8 @@ def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Cali
 
 
 def calibrate_named(calibrate: Callable[[Sequence[Row]], Calibration], rows: Sequence[Row]) -> Calibration:
-    """Return ``calibrate(rows)``. The NotFiniteError of one row names it by its ``origin``, or by the beginning of its text."""
+    """Return ``calibrate(rows)``. If one row alone causes a NotFiniteError, the error names the row by its ``origin``, or by the
+    beginning of its text."""
     try:
         return calibrate(rows)
     except NotFiniteError as error:
@@ -196,6 +197,8 @@ def calibrate_named(calibrate: Callable[[Sequence[Row]], Calibration], rows: Seq
         while len(some) > 1:
             half = len(some) // 2
             some = some[:half] if _is_refused(calibrate, some[:half]) else some[half:]
+        if not _is_refused(calibrate, some):
+            raise  # only several rows together
         row = getattr(some[0], "origin", None) or repr(some[0])[:_SHOWN]
         raise NotFiniteError(f"the calibration row {row}", layer) from None
 

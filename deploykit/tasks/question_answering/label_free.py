@@ -17,6 +17,8 @@ from deploykit.tasks.question_answering.spans import Found
 COMPARED = 20
 """Answers of fp32 whose probabilities are compared; another answer has the probability 0."""
 _MOST_ODDS = 50.0
+_WRONG = "\ufffd"
+"""The answer of a form that computes no number: even where fp32 finds no answer, it is wrong."""
 
 
 def lost_points(
@@ -32,10 +34,12 @@ def lost_points(
         if not isinstance(right, Found):
             continue
         own, preferred = right.decide(task.no_answer_threshold).text, preferences(right, task.no_answer_threshold)
-        answer = result.decide(task.no_answer_threshold).text if isinstance(result, Found) else ""
-        margin = preferred[own.lower()] - preferred.get(answer.lower(), 0.0)
+        margin = preferred[own.lower()]
         if isinstance(result, NoNumberError):
-            answer, margin = "\ufffd", preferred[own.lower()]
+            answer = _WRONG
+        else:
+            answer = result.decide(task.no_answer_threshold).text if isinstance(result, Found) else ""
+            margin -= preferred.get(answer.lower(), 0.0)
         ours.append(answer)
         theirs.append((own,))
         margins.append(margin)

@@ -59,6 +59,16 @@ def test_a_row_is_named_by_its_origin(bad: int) -> None:
     assert calibrate_named(run, [row for row in given if row is not given[bad]]).rows == 4
 
 
+def test_no_row_is_named_if_only_several_together_have_no_numbers() -> None:
+    def run(rows: Sequence[Row]) -> Calibration:
+        if len(rows) == 4:
+            raise NotFiniteError("a calibration row", "layer")
+        return Calibration({}, len(rows), "digest", 0.0, 0.0)
+
+    with pytest.raises(DataError, match=r"for a calibration row \(layer\)"):
+        calibrate_named(run, [Row(origin=f"rows.csv:{number}") for number in range(4)])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_calibration_refuses_activations_that_are_no_numbers(value: float) -> None:
     def run(observe: Observe) -> None:
