@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -36,6 +37,7 @@ _DECODED_BY = frozenset((
 ))  # fmt: skip
 
 
+_LAST_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 _ROWS = 128
 _SCORED_TOKENS = 2048
 """Maximum padded tokens of rows that are scored in one batch, unless one row has more."""
@@ -246,8 +248,9 @@ def _one_template(named: Mapping[str, str], source: str) -> str:
         )
     if "tool_use" not in named:
         return named["default"]
-    # Jinja drops white space next to the tags of an if, and the last line end of a template.
-    tools, plain = ("{{ '' }}" + named[name].removesuffix("\n") + "{{ '' }}" for name in ("tool_use", "default"))
+    # Jinja drops the line end after a tag, the white space before a tag that begins its line, and the last line end of a template.
+    # So each template begins on a new line, and an expression stands between its end and the next tag.
+    tools, plain = ("\n" + _LAST_LINE_END.sub("", named[name]) + "{{ '' }}" for name in ("tool_use", "default"))
     return f"{{% if tools %}}{tools}{{% else %}}{plain}{{% endif %}}"
 
 

@@ -413,11 +413,13 @@ def test_a_gemma_that_reads_in_both_directions_is_refused() -> None:
 
 DEFAULT = "\n {%- if true %} D {% endif %}\n{{ messages[0].content }}  \n"
 TOOL_USE = "\n  {% for tool in tools %}{{ tool.function.name }}{% endfor %} {{ messages[0].content }}\n"
+WINDOWS = "{{ messages[0].content }}\r\n"
 
 
-def test_named_templates_write_what_transformers_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("default", "tool_use"), [(DEFAULT, TOOL_USE), ("  {% if true %}D{% endif %}", WINDOWS)])
+def test_named_templates_write_what_transformers_writes(default: str, tool_use: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
-    name_templates(folder, default=DEFAULT, tool_use=TOOL_USE, rag="R")
+    name_templates(folder, default=default, tool_use=tool_use, rag="R")
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     messages = [{"role": "user", "content": "list the file"}]
     chat, theirs = TorchGenerator.load(folder).tokenizer, AutoTokenizer.from_pretrained(folder)
