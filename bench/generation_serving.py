@@ -53,7 +53,10 @@ def _running_llama(file: str, threads: int, context: int) -> Iterator[str]:
     try:
         process.stdin.write(json.dumps({"file": file, "threads": threads, "context": context}) + "\n")
         process.stdin.flush()
-        yield process.stdout.readline().strip() + "/v1"
+        address = process.stdout.readline().strip()
+        if not address:
+            raise SystemExit("llama.cpp's server ended before it answered: run bench/llama_server.py to see why")
+        yield f"{address}/v1"
     finally:
         process.kill()
         process.wait()

@@ -156,9 +156,9 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
         directory: Path,
         task: Classification,
         rows: Sequence[Example],
-        at_hand: Callable[[], Sequence[str]] | None = None,
+        at_hand: Callable[[], Sequence[str]],
     ) -> None:
-        """``at_hand`` returns the texts to compare answers on where ``rows`` are too few; None: those of ``rows``."""
+        """``at_hand`` returns the texts to compare answers on where ``rows`` are too few."""
         super().__init__(directory)
         self._task = task
         self._texts, self._origins = [row.asked for row in rows], [row.origin for row in rows]
@@ -168,7 +168,7 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
             self._step = float(self._truth.std()) / 20 or 1.0
         self._reference: NDArray[np.float32] = np.empty(0, np.float32)
         self.label_free = measure_name(task)
-        self._at_hand = functools.cache(lambda: list(dict.fromkeys(at_hand() if at_hand else self._texts)))
+        self._at_hand = functools.cache(lambda: list(dict.fromkeys(at_hand())))
         self._expected_at_hand: Callable[[], NDArray[np.float32]] | None = None
 
     def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:

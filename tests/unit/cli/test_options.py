@@ -135,7 +135,7 @@ def test_an_option_of_one_value_is_refused_the_second_time() -> None:
         for option in command.params:
             if isinstance(option, click.Option) and _once(option):
                 words = [option.opts[0], *["7"] * option.nargs]
-                earlier = [getattr(option, "aliases", ())[:1] or option.opts][0][0]
+                earlier = (*getattr(option, "aliases", ()), option.opts[0])[0]
                 done = CliRunner().invoke(main, [name, *words, earlier, *words[1:]])
                 assert (done.exit_code, f"{option.opts[0]} is given more than once" in done.stderr) == (2, True), words
                 refused += 1

@@ -147,7 +147,7 @@ def test_an_engine_that_runs_here_is_graded_as_it_answers(engine_file: Path) -> 
 
     reference = open_classifier(str(engine_file.parent), url="", engine="onnxruntime", precision="fp32")
     rows = [Example(text, label, "") for text, label in zip(TEXTS, reference.task.decide(reference.scores(TEXTS)))]
-    grader = _Grader(engine_file.parent, reference.task, rows)
+    grader = _Grader(engine_file.parent, reference.task, rows, lambda: TEXTS)
     grader.grade_checkpoint(reference)
     line = grader.grade_engine(read_record(engine_file))
     assert (line.precision, line.engine, line.figures["accuracy"], line.agreement) == ("fp32", "tensorrt", 1.0, 1.0)
