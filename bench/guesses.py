@@ -1,9 +1,9 @@
 """Compare a language model's export on ``native`` with and without guesses of the next tokens, by turns.
 
-Prompts are those of a file, or of ``--data``: a command after five examples (nl2bash, up to the end of the line), and a question
-about a text (XQuAD), with the whole answer as a reply and as a quotation. Each prompt is answered without guesses, with prompt lookup, and with ``--draft`` too. The engine keeps the prompt, so the time is
-that of the answer, after its first token. CPU time is of one thread, so that other programs disturb it little. Writes
-bench/results/<date>-guesses-<instruction set>.json.
+Prompts come from a file, or from ``--data``: a command after five examples (nl2bash, up to the end of the line), and a question about
+a text (XQuAD), to be answered and to be answered by a quotation. Each prompt is answered without guesses, with prompt lookup, and
+with ``--draft`` also with a draft model. The engine keeps the prompt, so the time is that of the answer's tokens after the first. It is
+the CPU time of one thread, which other programs change little. Writes bench/results/<date>-guesses-<instruction set>.json.
 """
 
 from __future__ import annotations

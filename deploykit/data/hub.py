@@ -11,7 +11,7 @@ from deploykit.errors import first_line
 def connection_fault(name: str, kind: str = "model") -> str | None:
     """Return why the hub cannot be asked for ``name``, a "model" or a "dataset".
 
-    None if the hub answers; if files of ``name`` are in a cache; and in offline mode, of which the client tells at once.
+    Return None if the hub answers, if a cache has files of ``name``, and in offline mode, which the client itself reports at once.
     """
     from huggingface_hub import constants, get_session
 

@@ -20,7 +20,7 @@ Logits = NDArray[np.float32]
 
 _Kind = TypeVar("_Kind", bound=np.generic)
 _ROOM = 64
-"""Room for tokens that a list has at first."""
+"""Tokens that a list has room for when its first one is added."""
 
 
 class Penalties:

@@ -1,7 +1,8 @@
 """Sample the next token of an answer, with the options of a request.
 
-The rules are those of Hugging Face's ``generate``, and give the same as in its order: logit bias, penalties, tokens that cannot come
-next, and the rules of ``token_distribution``. transformers' own need torch.
+The rules are those of Hugging Face's ``generate``: logit bias, penalties, tokens that cannot come next, and the rules of
+``token_distribution``. A grammar's mask is applied first here, with the same result: bias and penalties leave -inf as it is.
+transformers' own rules need torch.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ class Sampler:
         """
         ends = self._ends if self._chosen < self._sampling.min_new_tokens else self._ends[:0]
         if self._sampling.temperature == 0 and self._constraint is None and not len(ends):
-            token = self._changed(logits, _best)
+            token = self._with_penalties(logits, _best)
             if not math.isfinite(logits[token]):
                 raise NoNumberError
         else:
             check_highest(logits)
             allowed = logits if self._constraint is None else self._constraint.mask(logits)
-            token = self._changed(allowed, partial(self._chosen_but, ends))
+            token = self._with_penalties(allowed, partial(self._choose_except, ends))
         self._chosen += 1
         if self._penalties is not None:
             self._penalties.add(token)
@@ -90,8 +91,8 @@ class Sampler:
             self._constraint.advance(token)
         return token
 
-    def _changed(self, logits: Logits, choose: Callable[[Logits], int]) -> int:
-        """Return what ``choose`` returns for the logits after penalties. Those of masked tokens stay -inf."""
+    def _with_penalties(self, logits: Logits, choose: Callable[[Logits], int]) -> int:
+        """Return what ``choose`` returns for the logits with bias and penalties."""
         if self._penalties is None:
             return choose(logits)
         logits = _writable(logits)
@@ -101,20 +102,20 @@ class Sampler:
         finally:
             self._penalties.undo(logits)
 
-    def _chosen_but(self, ends: NDArray[np.int64], logits: Logits) -> int:
-        """Choose a token that is not one of ``ends``."""
+    def _choose_except(self, ends: NDArray[np.int64], logits: Logits) -> int:
+        """Choose a token that is not one of ``ends``, or one of them if no other is allowed."""
         if len(ends):
             logits = _writable(logits)
             before = logits[ends]
             logits[ends] = -np.inf
             try:
                 if np.isfinite(logits.max()):
-                    return self._picked(logits)
+                    return self._best_or_drawn(logits)
             finally:
                 logits[ends] = before
-        return self._picked(logits)  # a fulfilled constraint may allow only the end token
+        return self._best_or_drawn(logits)  # a fulfilled constraint may allow only the end token
 
-    def _picked(self, logits: Logits) -> int:
+    def _best_or_drawn(self, logits: Logits) -> int:
         return _best(logits) if self._sampling.temperature == 0 else self._drawn(logits)
 
     def _drawn(self, logits: Logits) -> int:

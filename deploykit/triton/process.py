@@ -167,7 +167,7 @@ class TritonProcess:
         self.control(model, "load", timeout=timeout, check=check)
 
     def _watch_for_deaths(self) -> Callable[[], bool]:
-        """Return a function that says whether a stub that Triton has started since then died 2 s ago, without an end of Triton's wait.
+        """Return a function that says whether a stub, started after this call, has been dead for 2 s without Triton noticing.
 
         Triton 2.51 waits for ever for the first message of a stub that died before it (python_backend, pull request 408).
         """
@@ -180,7 +180,8 @@ class TritonProcess:
             nonlocal dead_since
             now, started = time.monotonic(), set(_children(self.pid, recursive=False)) - known
             dead = [child for child in started if _status(child) == psutil.STATUS_ZOMBIE]
-            dead_since = {child: dead_since.get(child, now) for child in dead}  # without those that Triton waited for
+            # A child whose death Triton noticed is no longer among the dead.
+            dead_since = {child: dead_since.get(child, now) for child in dead}
             return any(now - since >= _DEAD_S for since in dead_since.values())
 
         return died

@@ -1,5 +1,5 @@
-"""Measure without labels what a form of a classifier loses against fp32. Few rows suffice, because only what fp32 prefers
-clearly counts."""
+"""Measure without labels what a form of a classifier loses against fp32. Few rows suffice, because a change
+counts only as far as fp32 clearly prefers its own answer."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def lost_labels(expected: Scores, scores: Scores, threshold: float) -> float:
 
 
 def lost_by_disagreement(expected: NDArray[Any], numbers: NDArray[Any]) -> float:
-    """Return 100 times (1 - the concordance correlation coefficient) of a regression's ``numbers`` and fp32's; NaN if one is none.
+    """Return 100 times (1 - the concordance correlation coefficient) of a regression's ``numbers`` and fp32's; NaN if one of
+    ``numbers`` is NaN or infinite.
 
-    For noise it is what the correlation of both loses; an offset and another scale, which no correlation shows, count too
+    Noise costs what it takes from the correlation of both. An offset and another scale, which a correlation does not show, cost too
     (Lin, "A concordance correlation coefficient to evaluate reproducibility", 1989).
     """
     a, b = expected.astype(np.float64), numbers.astype(np.float64)

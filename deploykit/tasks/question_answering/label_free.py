@@ -26,8 +26,8 @@ def lost_points(
 ) -> float:
     """Return the points of F1 that the answers ``found`` are expected to lose against fp32's, ``expected``.
 
-    An answer costs as much as fp32 prefers its own to it, times the share of F1 that it lacks of fp32's answer. "No answer" is one of
-    the answers. Questions that fp32 does not answer cost nothing.
+    An answer costs the probability by which fp32 prefers its own answer, times 1 minus the F1 of both. "No answer" counts as an
+    answer. Questions that fp32 refuses cost nothing.
     """
     theirs, ours, margins = [], [], []
     for right, result in zip(expected, found):

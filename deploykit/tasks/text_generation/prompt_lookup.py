@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _GRAMS = (3, 2)
-"""Numbers of last tokens that must have occurred before: the most that have."""
+"""Numbers of last tokens that are looked up, in this order, until an earlier occurrence is found."""
 _MOST = 8
 """Maximum tokens of a guess: more would often displace the guesses of other answers without success."""
 _LEAST_SHARE = 0.1
@@ -23,7 +23,8 @@ class PromptLookup:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # the place after a gram's last occurrence but the newest one
+        # The place after a gram's last occurrence. The end of the text is no occurrence: nothing follows it yet.
+        self._after: dict[tuple[int, ...], int] = {}
         self.share, self._rests = 0.5, 0
         self.add(prompt)
 
