@@ -26,7 +26,7 @@ _OPEN = (HEALTH, "/v2/health/live", "/v2/health/ready")
 _NO_KEY = ApiError("give a valid API key, as the header Authorization: Bearer KEY", 401, code="invalid_api_key")
 _TWO_LENGTHS = ApiError("Content-Length: it does not go with Transfer-Encoding; send one of them")
 _LAST_EVENT_S = 1.0
-_MOST_TEXT_BYTES = 1 << 20
+_MOST_BODY_BYTES = 1 << 20
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -72,11 +72,10 @@ class Admission:
         caller = anyone if opened else self._keys.caller(_bearer(scope))
         client = scope["client"][0] if scope["client"] else ""
         call = scope[SCOPE] = Call(caller or anyone, client, scope["method"])
-        texts = (
-            _Texts(receive, send) if self._log is not None and self._log.texts and scope["method"] == "POST" else None
-        )
-        if texts is not None:
-            receive, send = texts.receive, texts.send
+        bodies = None
+        if self._log is not None and self._log.texts and scope["method"] == "POST":
+            bodies = _Bodies(receive, send)
+            receive, send = bodies.receive, bodies.send
         watched = _Watched(send, call)
         self._metrics.in_flight.inc()
         try:
@@ -91,8 +90,8 @@ class Admission:
                 await self._admit(caller, scope, receive, watched)
         finally:
             self._metrics.in_flight.dec()
-            if texts is not None:
-                call.request, call.response = texts.request, texts.response
+            if bodies is not None:
+                call.request_body, call.response_body = bodies.request, bodies.response
             self._record(call, scope)
 
     async def _admit(self, caller: Caller, scope: Scope, receive: Receive, send: _Watched) -> None:
@@ -179,7 +178,7 @@ class _Watched:
         await self._send(message)
 
 
-class _Texts:
+class _Bodies:
     """Keeps the bodies of a request and of its response, up to 1 MiB of each, while they pass."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -207,7 +206,7 @@ class _Texts:
     def _keep(self, message: Message) -> None:
         body = self._bodies.get(message["type"])
         if body is not None:
-            body += message.get("body", b"")[: _MOST_TEXT_BYTES - len(body)]
+            body += message.get("body", b"")[: _MOST_BODY_BYTES - len(body)]
 
 
 def _bearer(scope: Scope) -> bytes:

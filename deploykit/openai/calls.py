@@ -46,8 +46,8 @@ class Call:
     completion_tokens: int = 0
     began: float = field(default_factory=time.monotonic)
     first_token_seconds: float | None = None
-    request: str | None = None
-    response: str | None = None
+    request_body: str | None = None
+    response_body: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -113,7 +113,7 @@ class AccessLog:
             "first_token_seconds": None if call.first_token_seconds is None else round(call.first_token_seconds, 6),
         }
         if self.texts:
-            record |= {"request": call.request, "response": call.response}
+            record |= {"request": call.request_body, "response": call.response_body}
         try:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk must not end the request
