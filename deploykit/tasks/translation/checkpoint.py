@@ -260,22 +260,7 @@ def translation_task(
     know, ArtifactError for an unsupported configuration.
     """
     family = config.model_type
-    if type(tokenizer).__name__.startswith("MBartTokenizer"):
-        raise ArtifactError(
-            f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
-            "give an mBART-50 checkpoint, or one of another type",
-        )
-    if (
-        family in ("m2m_100", "mbart")
-        and not hasattr(tokenizer, "lang_code_to_id")
-        and not hasattr(tokenizer, "legacy_behaviour")  # NLLB's
-        and any(_LANGUAGE_CODE.fullmatch(token) for token in tokenizer.get_vocab())
-    ):
-        raise ArtifactError(
-            f"{name}: its tokenizer class, {type(tokenizer).__name__}, does not put the languages' codes into texts",
-            "name the model's own class as tokenizer_class in tokenizer_config.json: MBart50Tokenizer, NllbTokenizer or "
-            "M2M100Tokenizer",
-        )
+    _check_tokenizer(tokenizer, family, name)
     # Marian and BART name these fields in one way, T5 in another.
     for side, fields in {
         "encoder": ("encoder_layers", "num_layers"),
@@ -293,27 +278,7 @@ def translation_task(
         raise UsageError(f"--source-lang and --target-lang are both {source}", "translate into another language")
     limit = _positions(tokenizer, config)
     target_limit = min(getattr(config, "max_position_embeddings", None) or _T5_LENGTH, 1024)
-    start = _first(generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None))
-    eos = _first(generation.eos_token_id, config.eos_token_id)
-    pad = _first(generation.pad_token_id, config.pad_token_id, tokenizer.pad_token_id)
-    counts_from_padding = family == "m2m_100"  # the positions of its tokens
-    if start is None or eos is None or pad is None or (counts_from_padding and config.pad_token_id is None):
-        raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
-    if counts_from_padding and start == config.pad_token_id:
-        raise ArtifactError(
-            f"{name}: its translations start with the padding token, which has no position in models of type {family}",
-            "set decoder_start_token_id in generation_config.json to the token that the model was trained with (usually </s>)",
-        )
-    if tokenizer.eos_token_id is None or tokenizer.unk_token_id is None:
-        raise ArtifactError(
-            f"{name}: its tokenizer names no end token (eos_token) or no token for unknown pieces (unk_token)",
-            "name it in tokenizer_config.json, or copy the checkpoint again",
-        )
-    if isinstance(start, list):
-        raise ArtifactError(
-            f"{name}: its decoder_start_token_id is a list, {start}, and each translation starts with one token",
-            "give one token in generation_config.json",
-        )
+    start, eos, pad = _start_end_padding(config, generation, tokenizer, name)
     task = Translation(
         source=source,
         target=target,
@@ -334,6 +299,52 @@ def translation_task(
             "correct model_max_length in tokenizer_config.json",
         )
     return task
+
+
+def _check_tokenizer(tokenizer: Any, family: str, name: str) -> None:
+    """Raise ArtifactError for a tokenizer that cannot translate."""
+    if type(tokenizer).__name__.startswith("MBartTokenizer"):
+        raise ArtifactError(
+            f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
+            "give an mBART-50 checkpoint, or one of another type",
+        )
+    if (
+        family in ("m2m_100", "mbart")
+        and not hasattr(tokenizer, "lang_code_to_id")
+        and not hasattr(tokenizer, "legacy_behaviour")  # NLLB's
+        and any(_LANGUAGE_CODE.fullmatch(token) for token in tokenizer.get_vocab())
+    ):
+        raise ArtifactError(
+            f"{name}: its tokenizer class, {type(tokenizer).__name__}, does not put the languages' codes into texts",
+            "name the model's own class as tokenizer_class in tokenizer_config.json: MBart50Tokenizer, NllbTokenizer or "
+            "M2M100Tokenizer",
+        )
+    if tokenizer.eos_token_id is None or tokenizer.unk_token_id is None:
+        raise ArtifactError(
+            f"{name}: its tokenizer names no end token (eos_token) or no token for unknown pieces (unk_token)",
+            "name it in tokenizer_config.json, or copy the checkpoint again",
+        )
+
+
+def _start_end_padding(config: Any, generation: Any, tokenizer: Any, name: str) -> tuple[int, int | list[int], int]:
+    """Return the ids of the token that starts translations, of those that end them, and of the padding token."""
+    start = _first(generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None))
+    eos = _first(generation.eos_token_id, config.eos_token_id)
+    pad = _first(generation.pad_token_id, config.pad_token_id, tokenizer.pad_token_id)
+    counts_from_padding = config.model_type == "m2m_100"  # the positions of its tokens
+    if start is None or eos is None or pad is None or (counts_from_padding and config.pad_token_id is None):
+        raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
+    if counts_from_padding and start == config.pad_token_id:
+        raise ArtifactError(
+            f"{name}: its translations start with the padding token, which has no position in models of type {config.model_type}",
+            "set decoder_start_token_id in generation_config.json to the token that the model was trained with (usually </s>)",
+        )
+    if isinstance(start, list):
+        raise ArtifactError(
+            f"{name}: its decoder_start_token_id is a list, {start}, and each translation starts with one token",
+            "give one token in generation_config.json",
+        )
+    return start, eos, pad
 
 
 def _languages_of(tokenizer: Any, name: str, source: str | None, target: str | None) -> tuple[str, str]:
