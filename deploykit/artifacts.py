@@ -376,9 +376,11 @@ def write_refusal(error: BaseException, path: Path | None = None) -> ArtifactErr
         return None
     what, remedy = _REFUSALS[number]
     named = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # filename2: a copy's target
-    if isinstance(error, PermissionError) and error.filename and not _readable(Path(os.fsdecode(error.filename))):
+    read = error.filename if isinstance(error, PermissionError) else None
+    if isinstance(read, str | bytes) and not _readable(Path(os.fsdecode(read))):  # it may also be a file's number
         return ArtifactError(
-            f"{error.filename}: cannot be opened: {what}", "let this user read it and enter its folders: chmod, chown"
+            f"{os.fsdecode(read)}: cannot be opened: {what}",
+            "let this user read it and enter its folders: chmod, chown",
         )
     return ArtifactError(f"{named or path or 'a file'}: cannot be written: {what}", remedy)
 

@@ -300,3 +300,8 @@ def test_a_file_that_may_not_be_read_is_not_called_unwritable(tmp_path: Path) ->
     told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "rows.csv: cannot be opened: permission denied" in told
     assert "let this user read it" in told
+
+
+def test_a_file_that_has_only_a_number_is_named_by_it() -> None:
+    told = str(artifacts.write_refusal(PermissionError(errno.EACCES, "Permission denied", 3)))
+    assert told.startswith("3: cannot be written: permission denied")
