@@ -24,7 +24,7 @@ from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, r
 from deploykit.openai.generator import GenerationRequest, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
 from deploykit.runtime.tracing import trace_headers
-from deploykit.runtime.triton_messages import ONLY_RELOADING, QUEUE_FULL
+from deploykit.runtime.triton_messages import CONTEXT_HOLDS, ONLY_RELOADING, QUEUE_FULL
 
 _CHANNEL = (
     ("grpc.max_send_message_length", -1),
@@ -160,7 +160,7 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: GenerationRequ
     field = _field(message, asked)
     if field == "min_tokens":  # it is compared with another field
         message = _LIMITS.sub(r"\1_tokens", message)
-    code_of_api = "context_length_exceeded" if "the model's context holds" in message else "invalid_value"
+    code_of_api = "context_length_exceeded" if CONTEXT_HOLDS in message else "invalid_value"
     return ApiError(message, param=field, code=code_of_api)
 
 

@@ -10,3 +10,5 @@ RELOADING = re.compile(rf"{_STATES}|UNAVAILABLE|Failed to retrieve the response 
 """Part of a message while a model whose process died is loaded again, or when Triton cannot read its answer."""
 ONLY_RELOADING = re.compile(rf"(Stub process|Request for|Model|Server)\b.*({_STATES})")
 """Beginning of such a message; an error that quotes a text does not begin like this."""
+CONTEXT_HOLDS = "the model's context holds"
+"""Part of the message for a prompt that is too long."""

@@ -23,6 +23,7 @@ from deploykit.runtime.finite import NoNumberError
 from deploykit.runtime.sampler import Sampler
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.stream_text import StreamText
+from deploykit.runtime.triton_messages import CONTEXT_HOLDS
 from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
 from deploykit.tasks.text_generation.draft import Draft
 from deploykit.tasks.text_generation.encode import ChatTokenizer
@@ -177,7 +178,7 @@ class Decoder:
             )
         if len(prompt) >= self._task.max_length:
             raise DataError(
-                f"the prompt has {len(prompt):,} tokens, and the model's context holds {self._task.max_length:,}, answer included",
+                f"the prompt has {len(prompt):,} tokens, and {CONTEXT_HOLDS} {self._task.max_length:,}, answer included",
                 "shorten the prompt",
             )
         if sampling.candidates > self.max_rows:
