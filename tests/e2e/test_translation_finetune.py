@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from killed_run import kill_at_step
+from words import with_options
 
 from deploykit.artifacts import SAMPLES, load_manifest
 from deploykit.quantization.qdq import quantize
@@ -287,7 +288,7 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
     ("words", "code", "named"),
     [
         ((), 2, ["--from-config", "marian-small"]),
-        (("--from-config", "marian-tiny", "x"), 2, ["a checkpoint and --from-config"]),
+        (("x", "--from-config", "marian-tiny"), 2, ["a checkpoint and --from-config"]),
         (("--from-config", "marian-huge"), 2, ["marian-huge"]),
         (("--from-config", "marian-tiny", "--target-lang", "en"), 2, ["--source-lang and --target-lang are both en"]),
         (("--from-config", "marian-tiny", "--num-beams", 0), 2, ["--num-beams is 0"]),
@@ -323,7 +324,12 @@ def test_wrong_options_are_refused(
             (tmp_path / "no-spm" / name).unlink()
     before = {p.name for p in tmp_path.iterdir()}
     typed = [models.get(word, word) for word in words]
-    got, _, err = deploykit("finetune", *LANGUAGES, "--train", pairs, "--output-dir", tmp_path / "o", *typed)
+    models_named, options = typed[: len(typed) % 2], typed[len(typed) % 2 :]
+    got, _, err = deploykit(
+        "finetune",
+        *models_named,
+        *with_options((*LANGUAGES, "--train", pairs, "--output-dir", tmp_path / "o"), *options),
+    )
     assert got == code, err
     for part in named:
         assert part in err

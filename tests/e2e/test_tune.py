@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from words import with_options
 
 from deploykit.artifacts import digest_path, load_manifest
 from deploykit.runtime.find_graphs import find_graphs
@@ -197,7 +198,7 @@ def test_wrong_options_are_refused(
     named: list[str],
 ) -> None:  # fmt: skip
     there = sorted(tmp_path.rglob("*"))
-    got, out, err = deploykit(*words, "--slo", "p99=50ms", *change, "--json")
+    got, out, err = deploykit(*with_options((*words, "--slo", "p99=50ms"), *change), "--json")
     assert got == code, err
     assert json.loads(out)["error"]["remedy"]
     for part in named:
@@ -212,7 +213,7 @@ def test_missing_models_and_exports_are_refused(
     code, _, err = deploykit("tune", "tweets", *words[2:], *slo)
     assert (code, "has no packaged model 'tweets' (it has: tiny)" in err) == (1, True)
     other = make_tiny_export(tmp_path / "other", seed=1)
-    code, _, err = deploykit(*words, *slo, "--export", other)
+    code, _, err = deploykit(*with_options(words, *slo, "--export", other))
     assert (code, f"remedy: run deploykit package {other} --name tiny" in err) == (1, True)
     code, _, err = deploykit("tune", "tiny", *slo, "--model-repository", tmp_path / "models")
     assert (code, "give --data FILE" in err) == (2, True)
