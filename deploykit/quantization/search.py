@@ -96,7 +96,7 @@ def hold_limit(
     for i, group in enumerate(groups, 1):
         name_of_group = group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}"
         found = trace.measured(f"{name}: {name_of_group} alone", partial(change, group))
-        say(f"{i} of {count}: {name_of_group} alone in INT8 changes the outputs by {found:.2g}")
+        say(f"{i} of {count}: {name_of_group} alone in {whole.precision.upper()} changes the outputs by {found:.2g}")
         sensitivity |= dict.fromkeys(group, found)
     order = sorted(parts, key=lambda part: -sensitivity[part])
     trials = [Trial(0, lost.points, whole.judged, lost.measure)]
@@ -122,7 +122,7 @@ def hold_limit(
         raise ExportError(
             f"{loss}, more than --max-drop {limit}; {error.message}:\n"
             + "\n".join("  " + text for text in render([line.to_json() for line in table])),
-            f"try {remedy}, or export without --int8; nothing was written",
+            f"try {remedy}, or export without --{whole.precision}; nothing was written",
         ) from error
     if not written or written[-1] != kept:
         write(kept)

@@ -52,8 +52,10 @@ class Answers(Grader[float]):
 class Model:
     """A model that loses a point for each ``bad`` part in INT8, whose outputs change by its index in the list."""
 
-    def __init__(self, bad: Sequence[str], trace: MeasurementLog, *, dies_at: int = 1000) -> None:
-        self.bad, self.trace, self.dies_at = list(bad), trace, dies_at
+    def __init__(
+        self, bad: Sequence[str], trace: MeasurementLog, *, dies_at: int = 1000, precision: str = "int8"
+    ) -> None:
+        self.bad, self.trace, self.dies_at, self.precision = list(bad), trace, dies_at, precision
         self.grader = Answers()
         self.grader.enter("fp32", "pytorch", 0.9)
         self.said: list[str] = []
@@ -62,7 +64,7 @@ class Model:
 
     def write(self, kept: Sequence[str]) -> Line:
         self.written.append(tuple(kept))
-        return self.grader.enter("int8", "engine", 0.9 - 0.01 * sum(part not in kept for part in self.bad), 4)
+        return self.grader.enter(self.precision, "engine", 0.9 - 0.01 * sum(part not in kept for part in self.bad), 4)
 
     def sample(self, parts: Collection[str]) -> NDArray[np.float32]:
         if len(self.sampled) + len(self.written) >= self.dies_at:
@@ -142,6 +144,15 @@ def test_better_rounding_is_tried_before_parts_are_left_in_fp32(tmp_path: Path, 
     assert (found is None) == enough
     assert model.written[:2] == [(), ()]
     assert found is None or (found.kept, found.trials[0].drop) == (("part7",), pytest.approx(1.0))
+
+
+def test_a_refusal_of_int4_names_its_option(tmp_path: Path) -> None:
+    model = Model(PARTS, trace_at(tmp_path / "trace.json"), precision="int4")
+    with pytest.raises(ExportError) as refusal:
+        model.search(instead="INT8")
+    assert "without --int4" in str(refusal.value.remedy)
+    assert any("alone in INT4 changes the outputs" in line for line in model.said)
+    assert any("parts in INT8 it loses" in line for line in model.said)
 
 
 def test_a_refusal_shows_the_table_and_leaves_no_trace(tmp_path: Path) -> None:
