@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import json, sys, warnings
+import json, os, sys, warnings
 warnings.simplefilter("ignore")
 import litellm
 from pydantic import BaseModel
@@ -43,7 +43,8 @@ print(json.dumps([
     [chunk.choices[0].text or "" for chunk in litellm.text_completion(**say, stream=True)],
     json.loads(formatted), called, streamed,
     error_of(litellm.BadRequestError, lambda: litellm.completion(**{**ask, "temperature": -1})),
-    error_of(litellm.NotFoundError, lambda: litellm.embedding(model=f"openai/{model}", input=["a"], **at))]))
+    error_of(litellm.NotFoundError, lambda: litellm.embedding(model=f"openai/{model}", input=["a"], **at))]), flush=True)
+os._exit(0)  # litellm's threads once crashed the interpreter as it ended
 """
 
 
