@@ -17,6 +17,7 @@ from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
 from deploykit.hardware import available_cpus
 from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.next_token import MEASURE, log_softmax
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.native.causal_weights import CausalWeights
 from deploykit.runtime.engines.protocol import Precision
@@ -52,20 +53,13 @@ def scored(
     expected = iter(() if reference is None else reference)
     for row, logits in zip(rows, generator.supervised_logits(rows)):
         targets = row.ids[1:][row.supervised[1:]]
-        log = _log_softmax(logits)
+        log = log_softmax(logits)
         best = logits.argmax(1)
         divergence = np.zeros(0)
         if reference is not None:
-            right = _log_softmax(next(expected))
+            right = log_softmax(next(expected))
             divergence = (np.exp(right) * (right - log)).sum(1)
         yield Scored(log[np.arange(len(targets)), targets].astype(np.float32), best == targets, best, divergence)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # infinity becomes NaN
-        shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def lost_by_divergence(rows: Sequence[Scored]) -> float:
@@ -78,7 +72,7 @@ class LanguageModelGrader(Grader[list[Scored]]):
 
     figures = ("loss", "perplexity", "token_accuracy")
     limited = ("loss",)
-    label_free = "KL divergence of the next token from fp32 (times 100)"
+    label_free = MEASURE
 
     def __init__(
         self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]

@@ -33,6 +33,7 @@ from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration, calibrate_named
 from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.next_token import MEASURE
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES, load_decode_model
@@ -254,7 +255,7 @@ class _Grader(Grader[list[str]]):
     """Measures translations row by row."""
 
     figures = ("bleu", "chrf")
-    label_free = "KL divergence of the next token from fp32 (times 100)"
+    label_free = MEASURE
 
     def __init__(self, directory: Path, task: Translation, rows: Sequence[Pair]) -> None:
         super().__init__()

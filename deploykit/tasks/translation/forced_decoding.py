@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.quantization.next_token import log_softmax
 from deploykit.runtime.engines.protocol import DecodeModel
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Translator
@@ -49,7 +50,7 @@ def divergences(
     """Return the Kullback-Leibler divergence of the next token's distribution from that of ``reference`` before each token of the
     translations, in nats, [tokens of all]; NaN where ``model`` computes no number."""
     both = zip(_forced(reference, task, pairs), _forced(model, task, pairs), strict=True)
-    steps = [_divergence(_log_softmax(right), _log_softmax(ours)) for (right, _), (ours, _) in both]
+    steps = [_divergence(log_softmax(right), log_softmax(ours)) for (right, _), (ours, _) in both]
     return np.stack(steps, axis=1)[_inside(pairs)]
 
 
@@ -72,12 +73,6 @@ def _inside(pairs: Sequence[ForcedTranslation]) -> NDArray[np.bool_]:
     """Return which steps of each translation are its own tokens, [pairs, steps]."""
     lengths = np.array([len(pair.target) for pair in pairs])
     return np.arange(lengths.max()) < lengths[:, None]
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # infinity becomes NaN
-        shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
 def _divergence(right: NDArray[np.float64], ours: NDArray[np.float64]) -> NDArray[np.float64]:
