@@ -157,7 +157,8 @@ class Grader(ABC, Generic[Raw]):
         The metric decides if its paired interval is within the limit, or if the loss is above the limit and beyond noise. If
         neither holds, the rows are too few, and ``label_free`` decides where the task has it.
         """
-        lost, drop = self._lost(line), self.drop(line)
+        lost = self._lost(line)
+        drop = max(lost.values())
         measured = Loss(drop, self.judged)
         bounds = {
             name: sorted(-points_of(name) * bound for bound in line.differences[name]["interval"])

@@ -24,14 +24,13 @@ from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config, read_generation
 from deploykit.tasks.translation.plain_text import read_as_text, token_ids
 from deploykit.tasks.translation.predictor import Translator
-from deploykit.tasks.translation.source_prefix import prefixed, source_prefix
+from deploykit.tasks.translation.source_prefix import NLLB_CODE, prefixed, source_prefix
 from deploykit.tasks.translation.translated import Translated
 from deploykit.text import normalize
 from deploykit.training.checkpoint import check_vocabulary, load_model, load_tokenizer, quiet
 from deploykit.training.padding import padded
 
-_NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-_LANGUAGE_CODE = re.compile(rf"{_NLLB_CODE.pattern}|[a-z]{{2}}_[A-Z]{{2}}|__[a-z]{{2,3}}__")
+_LANGUAGE_CODE = re.compile(rf"{NLLB_CODE.pattern}|[a-z]{{2}}_[A-Z]{{2}}|__[a-z]{{2,3}}__")
 _T5_LENGTH = 512
 _TOKENS_PER_BATCH = 4096
 _LOGITS_PER_BATCH = 32_000_000
@@ -239,7 +238,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
     if family in ("m2m_100", "mbart"):
         if hasattr(tokenizer, "lang_code_to_id"):
             return dict(tokenizer.lang_code_to_id)
-        codes = [t for t in tokenizer.all_special_tokens if _NLLB_CODE.fullmatch(t)]
+        codes = [t for t in tokenizer.all_special_tokens if NLLB_CODE.fullmatch(t)]
         return {code: tokenizer.convert_tokens_to_ids(code) for code in codes}
     return {}
 

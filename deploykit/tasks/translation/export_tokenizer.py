@@ -7,14 +7,13 @@ interprets those files in ways of its own.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploykit.errors import ArtifactError, ExportError
 from deploykit.tasks.translation.plain_text import read_as_text, splits_special, token_ids
-from deploykit.tasks.translation.source_prefix import prefixed, task_prefixes
+from deploykit.tasks.translation.source_prefix import NLLB_CODE, prefixed, task_prefixes
 from deploykit.tasks.translation.tokenizer import (
     SOURCE_SPM,
     TARGET_SPM,
@@ -45,7 +44,6 @@ _CLASSES = {
     "mbart": "MBart50Tokenizer",
     "bart": "BartTokenizer",
 }
-_NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _PROBES = (
     "", " ", "Hello, world!", "  two  spaces ", "Ça va ?\tL'été\n…", "我爱你。", "مرحبا بالعالم", "नमस्ते", "👩‍👩‍👧 🎉",
     "ﬁ ① Å e\u0301", "a\x00b\x7f", "▁x▁ ▁", "</s> <unk><pad> <s>x</s>", ">>fr<< a >>b<<", "__fr__ fra_Latn", "x" * 300,
@@ -93,7 +91,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
     languages: dict[str, int] = {}
     if hasattr(tokenizer, "legacy_behaviour"):  # NLLB
-        languages = {t: i for t, i in tokenizer.get_added_vocab().items() if _NLLB_CODE.fullmatch(t)}
+        languages = {t: i for t, i in tokenizer.get_added_vocab().items() if NLLB_CODE.fullmatch(t)}
     elif type(tokenizer).__name__.startswith("MBart50"):
         languages = {str(code): int(i) for code, i in tokenizer.lang_code_to_id.items()}
     place = "after" if getattr(tokenizer, "legacy_behaviour", False) else "before"

@@ -15,6 +15,9 @@ from deploykit.tasks.translation.facts import Translation
 T5_LANGUAGES: Mapping[str, str] = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
 """Language names in T5's pretraining (Raffel et al., JMLR 2020, appendix D); others are used as given."""
 
+NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+"""A language as NLLB names it, such as eng_Latn."""
+
 _CODE = re.compile(r"\s*>>([^<>\s]{1,40})<<\s*")
 _TASK = re.compile(r"translation_(\w+)_to_(\w+)")
 _SHOWN_LANGUAGES = 12
